@@ -1,0 +1,43 @@
+// Which instruction set tiers the machine and the build have, which one is in use, and the dispatch to its kernels.
+#pragma once
+
+#include <stdint.h>
+
+namespace llaisys {
+
+enum Tier : int { SCALAR, AVX2, AVX512, AMX, TIERS };
+
+// The tier that operators run in now. Throws Failure if LLAISYS_ISA asks for what can not be had.
+Tier active_tier();
+
+// One kernel in every tier it was compiled for; nullptr where it was not.
+template <class Fn>
+struct Kernel {
+    Fn *tier[TIERS];
+    // The kernel of the active tier, or of the best one below it.
+    Fn *get() const {
+        int t = active_tier();
+        while (!tier[t]) --t;
+        return tier[t];
+    }
+};
+
+} // namespace llaisys
+
+// Declares `name` in the namespaces of the tiers and gathers them as `name_kernel`. Each operator is compiled once per
+// tier (see meson.build), so that only this declaration has to know of all of them. LLAISYS_KERNEL_AMX is for those few
+// that have a kernel of their own for tiles; in the others the amx tier uses the avx512 kernel.
+#if defined(__x86_64__)
+#define LLAISYS_KERNEL(name, Fn)                                                                                       \
+    namespace avx2 { Fn name; }                                                                                        \
+    namespace avx512 { Fn name; }                                                                                      \
+    static constexpr Kernel<Fn> name##_kernel{{scalar::name, avx2::name, avx512::name, nullptr}}
+#define LLAISYS_KERNEL_AMX(name, Fn)                                                                                   \
+    namespace avx2 { Fn name; }                                                                                        \
+    namespace avx512 { Fn name; }                                                                                      \
+    namespace amx { Fn name; }                                                                                         \
+    static constexpr Kernel<Fn> name##_kernel{{scalar::name, avx2::name, avx512::name, amx::name}}
+#else
+#define LLAISYS_KERNEL(name, Fn) static constexpr Kernel<Fn> name##_kernel{{scalar::name}}
+#define LLAISYS_KERNEL_AMX(name, Fn) LLAISYS_KERNEL(name, Fn)
+#endif

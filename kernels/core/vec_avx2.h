@@ -1,0 +1,92 @@
+// The avx2 tier: eight lanes, FMA and F16C. See vec_scalar.h for what each function promises.
+#pragma once
+
+#include <immintrin.h>
+
+namespace llaisys::LLAISYS_TIER {
+
+struct Vec {
+    static constexpr int N = 8;
+    __m256 v;
+};
+
+static inline Vec set1(float x) { return {_mm256_set1_ps(x)}; }
+static inline Vec zero() { return {_mm256_setzero_ps()}; }
+static inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+static inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+static inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+static inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+static inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+static inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+static inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+static inline float hsum(Vec a) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+static inline float hmax(Vec a) {
+    __m128 s = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+static inline uint32_t equal_mask(Vec a, Vec b) {
+    return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)));
+}
+static inline uint32_t nan_mask(Vec a) { return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q))); }
+
+static inline Vec round_int(Vec x) {
+    return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+static inline Vec scale2(Vec x, Vec n) {
+    const __m256i bias = _mm256_set1_epi32(127), whole = _mm256_cvtps_epi32(n.v), half = _mm256_srai_epi32(whole, 1);
+    const auto power = [&](__m256i k) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(k, bias), 23)); };
+    return {_mm256_mul_ps(_mm256_mul_ps(x.v, power(half)), power(_mm256_sub_epi32(whole, half)))};
+}
+
+static inline __m128i to_bf16(__m256 x) {
+    const __m256i bits = _mm256_castps_si256(x), high = _mm256_srli_epi32(bits, 16);
+    const __m256i bias = _mm256_add_epi32(_mm256_set1_epi32(0x7fff), _mm256_and_si256(high, _mm256_set1_epi32(1)));
+    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, bias), 16);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    const __m256i all = _mm256_blendv_epi8(rounded, _mm256_or_si256(high, _mm256_set1_epi32(0x40)), nan);
+    return _mm_packus_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+}
+
+static inline Vec load(const float *p) { return {_mm256_loadu_ps(p)}; }
+static inline Vec load(const f16 *p) { return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p))}; }
+static inline Vec load(const bf16 *p) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
+}
+static inline void store(float *p, Vec x) { _mm256_storeu_ps(p, x.v); }
+static inline void store(f16 *p, Vec x) {
+    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
+}
+static inline void store(bf16 *p, Vec x) { _mm_storeu_si128((__m128i *)p, to_bf16(x.v)); }
+
+template <class T>
+static inline Vec load(const T *p, int64_t n) {
+    T part[Vec::N] = {};
+    memcpy(part, p, size_t(n) * sizeof(T));
+    return load(part);
+}
+template <class T>
+static inline void store(T *p, Vec x, int64_t n) {
+    T part[Vec::N];
+    store(part, x);
+    memcpy(p, part, size_t(n) * sizeof(T));
+}
+
+template <class T>
+static inline void load2(const T *p, Vec &a, Vec &b) {
+    a = load(p);
+    b = load(p + Vec::N);
+}
+// bf16: a shift gives the even elements and a mask the odd ones, one instruction each instead of two.
+static inline void load2(const bf16 *p, Vec &a, Vec &b) {
+    const __m256i pairs = _mm256_loadu_si256((const __m256i *)p);
+    a = {_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16))};
+    b = {_mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000))))};
+}
+
+} // namespace llaisys::LLAISYS_TIER

@@ -1,0 +1,80 @@
+// The avx512 tier (F, BW, DQ, VL): sixteen lanes. See vec_scalar.h for what each function promises.
+#pragma once
+
+#include <immintrin.h>
+
+namespace llaisys::LLAISYS_TIER {
+
+struct Vec {
+    static constexpr int N = 16;
+    __m512 v;
+};
+
+static inline Vec set1(float x) { return {_mm512_set1_ps(x)}; }
+static inline Vec zero() { return {_mm512_setzero_ps()}; }
+static inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+static inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+static inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+static inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+static inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+static inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+static inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+static inline float hsum(Vec a) {
+    const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+static inline float hmax(Vec a) {
+    const __m256 h = _mm256_max_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+    __m128 s = _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+static inline uint32_t equal_mask(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
+static inline uint32_t nan_mask(Vec a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q); }
+
+static inline Vec round_int(Vec x) {
+    return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+static inline Vec scale2(Vec x, Vec n) { return {_mm512_scalef_ps(x.v, n.v)}; }
+
+static inline __m256i to_bf16(__m512 x) {
+    const __m512i bits = _mm512_castps_si512(x), high = _mm512_srli_epi32(bits, 16);
+    const __m512i bias = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), _mm512_and_si512(high, _mm512_set1_epi32(1)));
+    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, bias), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40)));
+}
+static inline __mmask16 first(int64_t n) { return __mmask16((1u << n) - 1); }
+
+static inline Vec widen(__m256i h) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))}; }
+
+static inline Vec load(const float *p) { return {_mm512_loadu_ps(p)}; }
+static inline Vec load(const f16 *p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p))}; }
+static inline Vec load(const bf16 *p) { return widen(_mm256_loadu_si256((const __m256i *)p)); }
+static inline Vec load(const float *p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
+static inline Vec load(const f16 *p, int64_t n) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))}; }
+static inline Vec load(const bf16 *p, int64_t n) { return widen(_mm256_maskz_loadu_epi16(first(n), p)); }
+
+static inline __m256i to_f16(__m512 x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
+static inline void store(float *p, Vec x) { _mm512_storeu_ps(p, x.v); }
+static inline void store(f16 *p, Vec x) { _mm256_storeu_si256((__m256i *)p, to_f16(x.v)); }
+static inline void store(bf16 *p, Vec x) { _mm256_storeu_si256((__m256i *)p, to_bf16(x.v)); }
+static inline void store(float *p, Vec x, int64_t n) { _mm512_mask_storeu_ps(p, first(n), x.v); }
+static inline void store(f16 *p, Vec x, int64_t n) { _mm256_mask_storeu_epi16(p, first(n), to_f16(x.v)); }
+static inline void store(bf16 *p, Vec x, int64_t n) { _mm256_mask_storeu_epi16(p, first(n), to_bf16(x.v)); }
+
+template <class T>
+static inline void load2(const T *p, Vec &a, Vec &b) {
+    a = load(p);
+    b = load(p + Vec::N);
+}
+// bf16: a shift gives the even elements and a mask the odd ones, one instruction each instead of two.
+static inline void load2(const bf16 *p, Vec &a, Vec &b) {
+    const __m512i pairs = _mm512_loadu_si512(p);
+    a = {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))};
+    b = {_mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000))))};
+}
+
+} // namespace llaisys::LLAISYS_TIER

@@ -1,0 +1,50 @@
+// out = r(a + b), element by element.
+#include "core/tier.h"
+
+namespace llaisys {
+
+struct AddArgs {
+    Rows out, a, b;
+    int32_t dtype;
+};
+// The elements [begin, end) of one row.
+using AddFn = void(const AddArgs &, int64_t row, int64_t begin, int64_t end);
+
+namespace LLAISYS_TIER {
+
+AddFn add;
+void add(const AddArgs &args, int64_t row, int64_t begin, int64_t end) {
+    with_type(args.dtype, [&]<class T>(T) {
+        auto *out = (T *)row_at(args.out, row);
+        const auto *a = (const T *)row_at(args.a, row), *b = (const T *)row_at(args.b, row);
+        int64_t i = begin;
+        for (; i + Vec::N <= end; i += Vec::N) store(out + i, load(a + i) + load(b + i));
+        if (i < end) store(out + i, load(a + i, end - i) + load(b + i, end - i), end - i);
+    });
+}
+
+} // namespace LLAISYS_TIER
+} // namespace llaisys
+
+#ifdef LLAISYS_ONCE
+#include "core/cpu.h"
+#include "core/elementwise.h"
+
+namespace llaisys {
+LLAISYS_KERNEL(add, AddFn);
+}
+
+int32_t llaisysAdd(LlaisysTensor *out, const LlaisysTensor *a, const LlaisysTensor *b) {
+    using namespace llaisys;
+    return guarded("add", [&] {
+        AddArgs args;
+        args.dtype = check_elementwise({"out", out}, {"a", a}, {"b", b}, {"a", "b"});
+        Rows rows[3] = {};
+        make_joint_rows({out, a, b}, rows);
+        args.out = rows[0], args.a = rows[1], args.b = rows[2];
+        for_each_span(args.out, [&, kernel = add_kernel.get()](int64_t row, int64_t begin, int64_t end) {
+            kernel(args, row, begin, end);
+        });
+    });
+}
+#endif

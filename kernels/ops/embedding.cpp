@@ -1,0 +1,76 @@
+// out[t, :] = weight[index[t], :]
+#include "core/tier.h"
+
+namespace llaisys {
+
+struct EmbeddingArgs {
+    Rows out, weight;
+    const char *index;
+    int64_t index_step; // bytes
+    int64_t row_bytes;
+};
+// Rows [begin, end) of the output.
+using EmbeddingFn = void(const EmbeddingArgs &, int64_t begin, int64_t end);
+
+namespace LLAISYS_TIER {
+
+EmbeddingFn embedding;
+void embedding(const EmbeddingArgs &args, int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+        int64_t row;
+        memcpy(&row, args.index + t * args.index_step, 8);
+        memcpy(row_at(args.out, t), row_at(args.weight, row), size_t(args.row_bytes));
+    }
+}
+
+} // namespace LLAISYS_TIER
+} // namespace llaisys
+
+#ifdef LLAISYS_ONCE
+#include "core/cpu.h"
+#include "core/tensor.h"
+#include "core/threads.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace llaisys {
+
+LLAISYS_KERNEL(embedding, EmbeddingFn);
+
+static void check_embedding(LlaisysTensor *out, const LlaisysTensor *index, const LlaisysTensor *weight) {
+    check_floats({{"weight", weight}, {"out", out}});
+    check_dtype({"index", index}, LLAISYS_DTYPE_I64);
+    check_ndim({"index", index}, 1);
+    check_ndim({"weight", weight}, 2);
+    check_ndim({"out", out}, 2);
+    check_size({"out", out}, 0, index->shape[0], "length of index");
+    check_size({"out", out}, 1, weight->shape[1], "row length of weight");
+    check_last_axis_contiguous({{"out", out}, {"weight", weight}});
+    check_output({"out", out}, {{"index", index}, {"weight", weight}});
+}
+
+} // namespace llaisys
+
+int32_t llaisysEmbedding(LlaisysTensor *out, const LlaisysTensor *index, const LlaisysTensor *weight) {
+    using namespace llaisys;
+    return guarded("embedding", [&] {
+        check_embedding(out, index, weight);
+        const EmbeddingArgs args{make_rows(*out), make_rows(*weight), static_cast<const char *>(index->data),
+                                 index->strides[0] * 8, weight->shape[1] * dtype_size(weight->dtype)};
+        const int64_t count = index->shape[0];
+        for (int64_t t = 0; t < count; ++t) {
+            int64_t row;
+            std::memcpy(&row, args.index + t * args.index_step, 8);
+            if (row < 0 || row >= weight->shape[0])
+                fail(LLAISYS_ERROR_INDEX, "index: expected 0 to %lld, found %lld at position %lld",
+                     (long long)weight->shape[0] - 1, (long long)row, (long long)t);
+        }
+        if (args.row_bytes == 0) return;
+        const int64_t least = std::max<int64_t>(1, 32768 / args.row_bytes);
+        parallel_for(count, grain_for(count, least), [&, kernel = embedding_kernel.get()](int64_t begin, int64_t end) {
+            kernel(args, begin, end);
+        });
+    });
+}
+#endif

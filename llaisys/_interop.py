@@ -1,0 +1,102 @@
+"""Two capsules of numpy: the array interface, for the address of an array, and DLPack, with bf16.
+
+The address: `__array_interface__` and `.ctypes` build Python objects and take several times as long as the C side of
+the same protocol.
+
+DLPack: numpy makes and takes the capsules, and so owns their memory management. It has no bf16 there: it is handed
+16-bit integers, and the type code in the capsule is changed on the way.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+
+_WRITEABLE = 0x400
+
+
+class _ArrayInterface(ctypes.Structure):
+    """PyArrayInterface of numpy's array interface protocol, version 3."""
+
+    _fields_ = [
+        ("two", ctypes.c_int),
+        ("nd", ctypes.c_int),
+        ("typekind", ctypes.c_char),
+        ("itemsize", ctypes.c_int),
+        ("flags", ctypes.c_int),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("data", ctypes.c_void_p),
+    ]
+
+
+_interface = ctypes.pythonapi["PyCapsule_GetPointer"]
+_interface.argtypes = (ctypes.py_object, ctypes.c_char_p)
+_interface.restype = ctypes.POINTER(_ArrayInterface)
+
+
+def address_of(array: np.ndarray[Any, Any], _get: Any = _interface) -> int:
+    """Address of the first element of an array."""
+    return _get(array.__array_struct__, None)[0].data  # type: ignore[no-any-return]
+
+
+def writable_address_of(array: np.ndarray[Any, Any]) -> int | None:
+    """Address of the first element of an array, None if it is read-only."""
+    interface = _interface(array.__array_struct__, None)[0]
+    return interface.data if interface.flags & _WRITEABLE else None
+
+
+INT_CODE, BF16_CODE = 0, 4
+# Bytes before DLTensor.dtype.code: {void *data; {int32 type, id} device; int32 ndim} comes first in a DLTensor, and in
+# the versioned struct a DLTensor comes after {uint32 major, minor; void *context; void *deleter; uint64 flags}.
+_OFFSET = {b"dltensor": 20, b"dltensor_versioned": 52}
+
+_name = ctypes.pythonapi["PyCapsule_GetName"]
+_name.argtypes, _name.restype = (ctypes.py_object,), ctypes.c_char_p
+_pointer = ctypes.pythonapi["PyCapsule_GetPointer"]
+_pointer.argtypes, _pointer.restype = (ctypes.py_object, ctypes.c_char_p), ctypes.c_void_p
+
+
+def _code(capsule: Any) -> ctypes.c_uint8:
+    name = _name(capsule)
+    if name not in _OFFSET:
+        raise BufferError(f"DLPack: expected a fresh capsule, found one named {name!r}")
+    return ctypes.c_uint8.from_address(_pointer(capsule, name) + _OFFSET[name])
+
+
+def retag(capsule: Any, code: int) -> Any:
+    """Set the type code of a capsule that nobody has consumed yet."""
+    _code(capsule).value = code
+    return capsule
+
+
+def export(array: np.ndarray[Any, Any], options: dict[str, Any]) -> Any:
+    """`array.__dlpack__(**options)`, also for a numpy before 2.1, which knows only `stream`."""
+    if int(np.__version__.split(".")[0]) > 2 or np.lib.NumpyVersion(np.__version__) >= "2.1.0":
+        return array.__dlpack__(**options)
+    if options.get("dl_device") not in (None, (1, 0)):
+        raise BufferError(f"DLPack: expected the CPU, found device {options['dl_device']}")
+    return (array.copy() if options.get("copy") else array).__dlpack__(stream=options.get("stream"))
+
+
+class _AsIntegers:
+    """Passes a producer on to numpy, bf16 as integers; `code` is what the producer said."""
+
+    def __init__(self, source: Any) -> None:
+        self.source, self.code = source, INT_CODE
+
+    def __dlpack__(self, **options: Any) -> Any:
+        capsule = self.source.__dlpack__(**options)
+        self.code = _code(capsule).value
+        return retag(capsule, INT_CODE) if self.code == BF16_CODE else capsule
+
+    def __dlpack_device__(self) -> Any:
+        return self.source.__dlpack_device__()
+
+
+def importer(source: Any) -> tuple[np.ndarray[Any, Any], int]:
+    """The memory of a producer as a numpy array (bf16 as integers), and the producer's type code."""
+    passed = _AsIntegers(source)
+    return np.from_dlpack(passed), passed.code

@@ -1,0 +1,86 @@
+"""Error bounds: what an oracle says about one output, and how far a result may be from it.
+
+The model of rounding is fl(a op b) = (a op b)(1 + d), |d| <= u. A sum of n terms in any order is off by at most
+n u sum|x_i|, whatever the data; if the single errors are independent and of mean zero, it is off by more than
+`L` sqrt(n) u sum|x_i| with a probability below 2 exp(-L^2 / 2) (Higham and Mary 2019, "A new approach to probabilistic
+rounding error analysis"), which is 7e-4 at L = 4 even if all partial sums were as large as sum|x_i|. `walk(n)` is the
+smaller of the two counts. No constant here or in the operators is fitted to results.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+#: What numpy's finfo says, for bf16 too.
+finfo: Callable[[Any], Any] = ml_dtypes.finfo
+
+#: Unit roundoff of the f32 accumulator.
+U32 = 2.0**-24
+#: Safety factor on the sqrt(n) of a random walk of n rounding errors.
+L = 4.0
+#: Largest finite f32: where partial sums may exceed it, nothing is claimed about the result (a = inf).
+MAX32 = float(np.finfo(np.float32).max)
+#: Smallest normal f32: matrix units treat what is below as zero.
+TINY32 = float(np.finfo(np.float32).tiny)
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """What exact arithmetic says of one output.
+
+    `y` is the value of the formula in f64, without any inner rounding. `a` bounds the absolute error that f32
+    arithmetic and the inner rounding points of the contract may add before the final rounding; the bound on an element
+    is then `tolerance`. An element with a = inf is not claimed. `exact` outputs must agree bit for bit with `y` rounded
+    to the output's dtype (any NaN with any NaN), or with the bytes of `y` where it has that dtype already.
+    """
+
+    y: Array
+    a: Array | float = 0.0
+    exact: bool = False
+
+
+def tolerance(oracle: Oracle, dtype: np.dtype[Any]) -> Array:
+    """Admissible |result - y| per element, for a result stored as `dtype`: ulp(|y| + a) / 2 + a.
+
+    The value before the final rounding is within a of y, so its magnitude is at most |y| + a, and rounding it to
+    nearest adds at most half an ulp there.
+    """
+    y = np.abs(oracle.y.astype(np.float64))
+    a = np.broadcast_to(np.asarray(oracle.a, np.float64), y.shape)
+    return half_ulp(y + a, dtype) + a
+
+
+def ulp(x: Array | float, dtype: np.dtype[Any]) -> Array:
+    """Distance between neighbouring numbers of `dtype` at magnitude |x|, in f64; subnormals included.
+
+    Beyond the largest number the exponent range is taken as unbounded; inf gives inf and NaN gives NaN.
+    """
+    info = finfo(dtype)
+    magnitude = np.abs(np.asarray(x, np.float64))
+    finite = np.where(np.isfinite(magnitude), np.maximum(magnitude, float(info.smallest_normal)), 1.0)
+    exponent = np.frexp(finite)[1] - 1  # finite = m 2^exponent with 1 <= m < 2
+    return np.where(np.isfinite(magnitude), np.ldexp(1.0, exponent - int(info.nmant)), magnitude)
+
+
+def half_ulp(x: Array | float, dtype: np.dtype[Any]) -> Array:
+    """Largest error of rounding a number of magnitude |x| to `dtype`, to nearest."""
+    return ulp(x, dtype) / 2
+
+
+def unit(dtype: np.dtype[Any]) -> float:
+    """Unit roundoff of `dtype`: the largest relative error of rounding to nearest (2^-24, 2^-11 or 2^-8)."""
+    return math.ldexp(1.0, -1 - int(finfo(dtype).nmant))
+
+
+def walk(n: int) -> float:
+    """Rounding errors, in units of u sum|x_i|, that a sum of n terms collects: min(n, L sqrt(n))."""
+    return min(float(n), L * math.sqrt(n))

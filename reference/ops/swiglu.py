@@ -1,0 +1,89 @@
+"""Gated activation of the MLP (Shazeer 2020, arXiv:2002.05202)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from ..bounds import U32, Array, Oracle, half_ulp
+from ..numerics import cast, f32, f64, quiet, r
+from ..spec import Arg, Dims, Probe, Spec, qwen2_bench
+
+
+@quiet
+def swiglu(gate: Array, up: Array) -> Array:
+    """r(r(silu(gate)) up) for gate and up of one shape, silu(x) = x / (1 + exp(-x)) in f32."""
+    wide = f32(gate)
+    silu = wide / (1 + np.exp(-wide))
+    return cast(r(silu, gate.dtype) * f32(up), gate.dtype)
+
+
+@quiet
+def oracle(gate: Array, up: Array) -> tuple[Oracle, ...]:
+    """x sigmoid(x) up in f64, with the sigmoid as (1 + tanh(x / 2)) / 2 where that does not cancel."""
+    x, wide = f64(gate), f64(up)
+    sigmoid = np.where(x > 0, (1 + np.tanh(x / 2)) / 2, np.exp(x) / (1 + np.exp(x)))
+    silu = np.where(np.isposinf(x), x, x * sigmoid)
+    # exp(-x): reducing the argument costs up to 2 |x| u, the polynomial 5 u; adding 1, dividing and the product 3 more.
+    off = U32 * np.abs(silu) * (8 + 2 * np.abs(x))
+    # Below -88 exp(-x) comes near the largest f32 and may overflow, which gives -0 (in torch too): all of it may go.
+    off = np.where(x < -88, np.abs(silu) + off, off)
+    off = off + half_ulp(np.abs(silu) + off, gate.dtype)  # silu to T
+    y = silu * wide
+    return (Oracle(y, np.where(np.isfinite(y), off * np.abs(wide), 0.0)),)
+
+
+def make_inputs(spec: Spec, rng: np.random.Generator, dims: Dims, dtype: np.dtype[Any]) -> dict[str, Any]:
+    """Gates up to a few tens, as in trained models."""
+    gate, up = rng.standard_normal((2, *dims["..."]), dtype=np.float32)
+    return {"gate": (4 * gate).astype(dtype), "up": up.astype(dtype)}
+
+
+def with_range(values: dict[str, Any]) -> dict[str, Any]:
+    """Gates over the whole range in which exp works, and past its ends."""
+    gate = np.linspace(-130, 130, values["gate"].size, dtype=np.float32).reshape(values["gate"].shape)
+    return {"gate": gate.astype(values["gate"].dtype)}
+
+
+def with_specials(values: dict[str, Any]) -> dict[str, Any]:
+    """NaN and infinities in both; silu(-inf) is NaN as the formula has it, in torch too."""
+    gate, up = values["gate"].copy(), values["up"].copy()
+    gate.flat[:5], up.flat[5:10] = (np.nan, np.inf, -np.inf, 0.0, -0.0), (np.nan, np.inf, -np.inf, 0.0, -0.0)
+    return {"gate": gate, "up": up}
+
+
+SPEC = Spec(
+    name="swiglu",
+    summary="SiLU of the gate times up.",
+    formula="out = r(r(gate / (1 + exp(-gate))) up)",
+    source="arXiv:2002.05202; transformers Qwen2MLP",
+    args=(
+        Arg("out", "...", role="out", may_alias=("gate", "up"), doc="the product"),
+        Arg("gate", "...", doc="argument of SiLU"),
+        Arg("up", "...", doc="factor"),
+    ),
+    rounding=("silu(gate) to T", "its product with up to T"),
+    twin=swiglu,
+    oracle=oracle,
+    inputs=make_inputs,
+    cases=(
+        {"...": ()},
+        {"...": (0,)},
+        {"...": (3, 0)},
+        *({"...": (n,)} for n in (1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 1009)),
+        {"...": (1, 1)},
+        {"...": (5, 33)},
+        {"...": (2, 3, 17)},
+        {"...": (2, 4864)},
+    ),
+    probes=(
+        Probe("range of exp", {"...": (5, 521)}, with_range),
+        Probe("NaN and infinities", {"...": (2, 17)}, with_specials),
+        Probe("small gates", {"...": (3, 65)}, lambda v: {"gate": (v["gate"] * 1e-3).astype(v["gate"].dtype)}),
+    ),
+    bench=qwen2_bench(lambda m: {"act": {"...": (m["T"], m["F"])}}),
+    flops=lambda d: 5 * math.prod(d["..."]),
+    raises=("ShapeError: the shapes differ", "DTypeError: the dtypes differ or are not f32, f16 or bf16"),
+)
