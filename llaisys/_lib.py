@@ -210,8 +210,9 @@ def _function(lib: ctypes.CDLL, path: Path, name: str, restype: Any, argtypes: t
 
 
 def last_error() -> str:
-    """Text of the last error of the library on this thread."""
-    return str(library().llaisysLastError().decode("utf-8", "replace"))
+    """Text of the last error of the library on this thread, "" if there was none."""
+    # Not library(), which may make a call of its own, and the text is lost with the next call.
+    return "" if _library is None else str(_library.llaisysLastError().decode("utf-8", "replace"))
 
 
 def check_call(status: int) -> int:

@@ -1,8 +1,8 @@
 """Renders a chat template: a program that came with a model, in the language of Jinja.
 
 Jinja's sandbox keeps a template from files and from Python's internals, but not from running for hours or from asking
-for a terabyte: loops nest, and `*`, `~`, `replace`, `center`, `format`, block assignments and more can each multiply the
-length of a text. No list of those is complete, so the template runs in a process of its own with limits that the
+for a terabyte: loops nest, and `*`, `~`, `replace`, `center`, `format`, block assignments and more can each multiply
+the length of a text. No list of those is complete, so the template runs in a process of its own with limits that the
 operating system enforces: `LIMITS` for CPU seconds, memory and the length of the text, and a wall clock for the whole.
 That costs about a tenth of a second a prompt.
 
@@ -14,18 +14,20 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 __all__ = ["LIMITS", "TemplateRefused", "render"]
 
 #: CPU seconds, wall seconds, bytes of memory, characters of the result.
-LIMITS = {"cpu": 5, "wall": 20, "memory": 512 << 20, "output": 4 << 20}
+LIMITS = {"cpu": 4, "wall": 20, "memory": 512 << 20, "output": 4 << 20}
 
 
 class TemplateRefused(Exception):
-    """`by_template`: the template itself refused the messages (raise_exception); else it is faulty or hit a limit."""
+    """A template that does not render."""
 
     def __init__(self, message: str, by_template: bool = False) -> None:
+        """`by_template`: the template itself refused the messages (raise_exception); else it is faulty."""
         super().__init__(message)
         self.by_template = by_template
 
@@ -36,19 +38,18 @@ def render(template: str, variables: dict[str, Any], limits: dict[str, int] | No
     Raises `TemplateRefused`.
     """
     import importlib.util
-    import os
     import subprocess
 
     limits = {**LIMITS, **(limits or {})}
     # The script's own search path is the standard library; it gets the places of these two and nothing else.
     specs = [importlib.util.find_spec(name) for name in ("jinja2", "markupsafe")]
-    path = [os.path.dirname(os.path.dirname(spec.origin)) for spec in specs if spec and spec.origin]
+    path = [str(Path(spec.origin).parent.parent) for spec in specs if spec and spec.origin]
     request = json.dumps({"template": template, "variables": variables, "limits": limits, "path": path})
     if not sys.executable:
         raise TemplateRefused("there is no Python executable to render it with")
     try:
         done = subprocess.run(
-            [sys.executable, "-I", "-S", os.path.abspath(__file__)],
+            [sys.executable, "-I", "-S", str(Path(__file__).resolve())],
             input=request.encode(),
             capture_output=True,
             timeout=limits["wall"],

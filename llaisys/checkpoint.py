@@ -90,6 +90,7 @@ class Checkpoint:
     """Config and weights of a checked folder. No file stays open; a file that changes after `open` is refused."""
 
     def __init__(self, folder: ModelFolder, config: Qwen2Config, tensors: dict[str, _Tensor]) -> None:
+        """For `open`."""
         self.folder = folder
         self.config = config
         self._tensors = tensors
@@ -137,13 +138,21 @@ class Checkpoint:
 
     def tensor(self, name: str) -> npt.NDArray[Any]:
         """One weight as a new array of float32, float16 or ml_dtypes.bfloat16. KeyError if there is no such name."""
+        return self.rows(name, 0, self.shape_of(name)[0])
+
+    def rows(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
+        """The rows [start, stop) of a weight, 0 <= start <= stop <= shape[0]: a tensor that is large by itself can be
+        taken in parts, so that it is never there twice. IndexError for other rows."""
         tensor = self._tensors[name]
+        if not 0 <= start <= stop <= tensor.shape[0]:
+            raise IndexError(f"{name}: expected rows within [0, {tensor.shape[0]}], found [{start}, {stop})")
+        row = tensor.nbytes // tensor.shape[0]
         try:
-            array = np.empty(tensor.shape, _DTYPES[tensor.dtype][1])
+            array = np.empty((stop - start, *tensor.shape[1:]), _DTYPES[tensor.dtype][1])
         except MemoryError:
-            raise OutOfMemoryError(f"{name}: expected {tensor.nbytes} bytes of memory, found less") from None
+            raise OutOfMemoryError(f"{name}: expected {(stop - start) * row} bytes of memory, found less") from None
         with _reopen(self.folder, tensor) as file:
-            file.read_at(tensor.offset, array.reshape(-1).view(np.uint8).data)
+            file.read_at(tensor.offset + start * row, array.reshape(-1).view(np.uint8).data)
         return array
 
     def tensors(self) -> Iterator[tuple[str, npt.NDArray[Any]]]:
@@ -297,8 +306,8 @@ def _read_header(shard: str, file: OpenFile) -> dict[str, _Tensor]:
         )
     data = 8 + length
     tensors: dict[str, _Tensor] = {}
-    for name, (dtype, shape) in parsed.items():
-        entry = header[name]
+    for name, entry in header.items():
+        dtype, shape = parsed[name]
         span = _span(entry, file.size - data)
         if span is None or entry.get("dtype") != dtype or entry.get("shape") != list(shape):
             raise CheckpointError(

@@ -220,7 +220,7 @@ class Qwen2Config:
 
     @classmethod
     def from_folder(cls, path: str | os.PathLike[str] | ModelFolder) -> Qwen2Config:
-        """The configuration in a folder (or the embedded "tiny"): config.json, and generation_config.json if it is there.
+        """The configuration in a folder (or "tiny"): config.json, and generation_config.json if it is there.
 
         Raises `CheckpointError`, also for a file above 1 MiB and what `parse_json` and `ModelFolder` refuse.
         """

@@ -21,7 +21,6 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.resources import files
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -175,13 +174,14 @@ def _os_error(path: Path, error: OSError, field: str = "file") -> CheckpointErro
 
 
 class ModelFolder:
-    """The folder `path`, which is the user's choice and may be a link; nothing in it is trusted."""
+    """A folder from which files are read with distrust; see the head of the module."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        """The folder `path`, which is the user's choice and may be a link. `CheckpointError` if it is no folder."""
         self.path = Path(path)
         try:
             self.root = Path(os.path.realpath(path, strict=True))
-            is_folder = stat.S_ISDIR(os.stat(self.root).st_mode)
+            is_folder = self.root.is_dir()
         except FileNotFoundError:
             raise CheckpointError(
                 file=self.path, field="path", expected='a model folder, or "tiny"', found="no such folder"
@@ -199,7 +199,8 @@ class ModelFolder:
     def locate(cls, path: str | os.PathLike[str]) -> ModelFolder:
         """The folder `path`; the string "tiny" is the embedded model, while "./tiny" and Path("tiny") are folders."""
         if isinstance(path, str) and path == "tiny":
-            return cls(str(files(__package__) / "data" / "tiny"))
+            # Beside this file in wheels and source trees; in the latter importlib.resources has no folders.
+            return cls(Path(__file__).parent / "data" / "tiny")
         return cls(path)
 
     def names(self) -> list[str]:
@@ -269,7 +270,7 @@ class ModelFolder:
         return self.path / name
 
     def _resolve(self, name: str, shown: Path) -> tuple[Path, tuple[str, ...]]:
-        """(base, parts): the file is base/parts...; base is the folder or its blobs, no part of it was a link just now."""
+        """(base, parts): the file is base/parts...; base is the folder or its blobs, no part of it is a link."""
         try:
             status = os.lstat(self.root / name)
             if not stat.S_ISLNK(status.st_mode):

@@ -250,7 +250,9 @@ class Tensor:
             return np.empty(self._shape, dtype)
         strides = [stride * dtype.itemsize for stride in self._strides]
         offset = self._address - self._storage.address
-        return np.ndarray(self._shape, dtype, buffer=self._storage.bytes(), offset=offset, strides=strides)
+        memory = self._storage.bytes()
+        array: np.ndarray[Any, Any] = np.ndarray(self._shape, dtype, buffer=memory, offset=offset, strides=strides)
+        return array
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
         array = self.numpy()
@@ -337,9 +339,14 @@ class Tensor:
 
     @classmethod
     def from_dlpack(cls, source: Any) -> Tensor:
-        """A tensor over the memory of an object with `__dlpack__` on the CPU, bf16 among the dtypes."""
+        """A tensor over the memory of an object with `__dlpack__` on the CPU, bf16 among the dtypes.
+
+        It is read-only if the producer says so, or, with a numpy before 2.1, always.
+        """
         if isinstance(source, Tensor):
             return source
+        if isinstance(source, np.ndarray):
+            return cls.from_numpy(source)
         array, code = importer(source)
         tensor = cls.from_numpy(array)
         if code == BF16_CODE:  # the array is one of 16-bit integers

@@ -29,6 +29,7 @@ class Tokenizer:
     """A tokenizer that gives the ids of transformers' AutoTokenizer."""
 
     def __init__(self, folder: ModelFolder, backend: Any, settings: Mapping[str, Any], template: Any) -> None:
+        """For `open`: the backend of the tokenizers library, tokenizer_config.json, and a chat template or a list."""
         self.folder = folder
         self._backend = backend
         self._file = folder.path / "tokenizer_config.json"
@@ -253,17 +254,12 @@ class Tokenizer:
                 raise self._bad(f"add_{name}", "true or false", value)
         if all(f"add_{name}" not in settings for name in ask):
             return
-        first, last = (
-            [self.special_tokens[name]] if ask[name] and name in self.special_tokens else []
-            for name in ("bos_token", "eos_token")
-        )
-        # As lists, not as one text that the library splits: a token may hold spaces and colons.
-        ids = [(token, self.token_to_id(token)) for token in {*first, *last}]
+        added = {name: token for name, token in self.special_tokens.items() if ask.get(name)}
+        # Under the names bos_token and eos_token: the library splits what stands in the template at spaces and colons.
+        pieces = [name for name in ("bos_token", "$A", "eos_token") if name == "$A" or name in added]
+        special = [{"id": name, "ids": [self.token_to_id(token)], "tokens": [token]} for name, token in added.items()]
         with foreign(self._file, "add_bos_token", "bos and eos that can be added"):
-            self._backend.post_processor = TemplateProcessing(
-                single=[*(f"{token}:0" for token in first), "$A:0", *(f"{token}:0" for token in last)],
-                special_tokens=ids,
-            )
+            self._backend.post_processor = TemplateProcessing(single=pieces, special_tokens=special)
 
     def _bad(self, field: str, expected: str, found: Any) -> CheckpointError:
         return CheckpointError(file=Path(self._file), field=field, expected=expected, found=show(found))
@@ -279,6 +275,7 @@ class TextStream:
     _HELD = 3
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        """For `Tokenizer.stream`."""
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._window: list[int] = []

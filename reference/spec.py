@@ -167,10 +167,12 @@ class Spec:
 
     @property
     def outputs(self) -> tuple[Arg, ...]:
+        """The output tensors, in order."""
         return tuple(a for a in self.args if a.role == "out")
 
     @property
     def inputs_args(self) -> tuple[Arg, ...]:
+        """The input tensors, in order."""
         return tuple(a for a in self.args if a.role == "in")
 
     @property
@@ -241,7 +243,8 @@ def calls(spec: Spec, dtype: str) -> Iterator[tuple[str, Dims, dict[str, Any]]]:
 
     def make(label: str, dims: Dims) -> dict[str, Any]:
         rng = np.random.default_rng(zlib.crc32(f"{spec.name}/{label}/{dtype}".encode()))
-        return spec.inputs(spec, rng, dims, spec.dtypes[dtype])
+        values = spec.inputs(spec, rng, dims, spec.dtypes[dtype])
+        return {name: np.asarray(x) if isinstance(x, np.generic) else x for name, x in values.items()}
 
     optional = {a.name: None for a in spec.args if a.optional}
     for dims in spec.cases:

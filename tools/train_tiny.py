@@ -9,7 +9,7 @@ The shape is awkward on purpose. Grouped-query attention with an odd ratio (6 qu
 dimension that is neither hidden_size / heads nor a power of two, biases that are not zero, tied embeddings: each of
 them is a place where an engine that guesses goes wrong.
 
-    python tools/train_tiny.py --work /tmp/tiny --steps 1400
+    python tools/train_tiny.py --work /tmp/tiny --steps 1300
 
 Interrupt it at will: the same command goes on from the last checkpoint in `--work`. The other part of the state, which
 text comes at which step, is a function of the step number alone and needs no saving.
@@ -28,7 +28,7 @@ import time
 import tokenize
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -354,12 +354,9 @@ def make_optimizers(model: Qwen2ForCausalLM, recipe: Recipe) -> list[torch.optim
     ]
 
 
-def schedule(step: int, recipe: Recipe) -> float:
-    """Return the factor on the learning rates: a linear warm-up, then half a cosine down to 1 %."""
-    if step < recipe.warmup:
-        return (step + 1) / recipe.warmup
-    progress = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))
+def rate_factor(warm: float, done: float) -> float:
+    """Return the factor on the learning rates: a linear warm-up, then half a cosine from 1 down to 1 %."""
+    return min(1.0, warm) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
 def loss_of(model: Qwen2ForCausalLM, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -526,11 +523,15 @@ def train(
     documents: list[Document],
     work: Path,
     out: Path,
-    *,
+    minutes: float,
     snapshot_minutes: float,
     compiled: bool,
 ) -> Qwen2ForCausalLM:
-    """Train, or go on training, and return the model."""
+    """Train, or go on training, and return the model.
+
+    The schedule ends with the steps or with the minutes, whichever comes first: a machine that others use too is no
+    reason to stop at a high learning rate, which would waste most of what was learnt.
+    """
     torch.manual_seed(recipe.seed)
     model = Qwen2ForCausalLM(Qwen2Config(**model_config(tokenizer.token_to_id(SPECIAL_TOKENS[0])))).float()
     optimizers = make_optimizers(model, recipe)
@@ -550,10 +551,12 @@ def train(
     step_loss = torch.compile(loss_of, dynamic=False) if compiled else loss_of
     saved = exported = tick = time.monotonic()
     losses: list[float] = []
-    while progress.step < recipe.steps:
+    shown = replace(progress)
+    while (done := max(progress.step / recipe.steps, progress.seconds / 60 / minutes)) < 1:
+        factor = rate_factor((progress.step + 1) / recipe.warmup, done)
         for optimizer, rates in zip(optimizers, base_rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * schedule(progress.step, recipe)
+                group["lr"] = rate * factor
         loss = step_loss(model, *batches[progress.step])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -566,11 +569,12 @@ def train(
         progress.seconds, tick = progress.seconds + now - tick, now
 
         if progress.step % 10 == 0:
-            pace = progress.seconds / progress.step
-            left = (recipe.steps - progress.step) * pace / 60
+            pace = (progress.seconds - shown.seconds) / (progress.step - shown.step)
+            left = min((recipe.steps - progress.step) * pace / 60, minutes - progress.seconds / 60)
             train_loss = sum(losses[-10:]) / len(losses[-10:])
             speed = f"{recipe.batch_tokens / pace:.0f} tokens/s, {left:.1f} min left"
-            print(f"step {progress.step:5}/{recipe.steps}  loss {train_loss:.3f}  {speed}", flush=True)
+            print(f"step {progress.step:5}  {done:4.0%}  loss {train_loss:.3f}  {speed}", flush=True)
+            shown = replace(progress)
         if progress.step % 100 == 0:
             print(f"step {progress.step:5}  validation loss {mean_loss(model, *watched):.4f}", flush=True)
         if due(2.0, saved):
@@ -581,7 +585,7 @@ def train(
             exported = time.monotonic()
             print(f"step {progress.step:5}  snapshot in {out}", flush=True)
     save_checkpoint(checkpoint, recipe, progress, model, optimizers)
-    print(f"trained {recipe.steps} steps in {progress.seconds / 60:.1f} min", flush=True)
+    print(f"trained {progress.step} steps in {progress.seconds / 60:.1f} min", flush=True)
     return model
 
 
@@ -595,7 +599,10 @@ def counted(documents: list[Document]) -> Iterator[str]:
 def main(
     work: Annotated[Path, typer.Option(help="Folder for the tokenizer and the checkpoint, outside the repository.")],
     out: Annotated[Path, typer.Option(help="Folder of the model.")] = Path(__file__).parents[1] / "llaisys/data/tiny",
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps; the schedule ends with the last.")] = 1400,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps; the schedule ends with the last.")] = 1300,
+    minutes: Annotated[
+        float, typer.Option(min=0.1, help="The schedule ends by then, if the steps are not done.")
+    ] = 120.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the weights and of the order of the text.")] = 20,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = os.cpu_count() or 1,
     snapshot_minutes: Annotated[float, typer.Option(min=0, help="Export to --out this often; 0 is never.")] = 10.0,
@@ -615,10 +622,15 @@ def main(
     else:
         tokenizer = load_or_train_tokenizer(work, documents)
         recipe = Recipe(steps, seed)
-        model = train(recipe, tokenizer, documents, work, out, snapshot_minutes=snapshot_minutes, compiled=compiled)
+        with tempfile.TemporaryDirectory(prefix="train-tiny-") as cache:
+            # Compiled code is not kept: if an interrupted run left half a library there, no later run could load it.
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
+            model = train(recipe, tokenizer, documents, work, out, minutes, snapshot_minutes, compiled)
         export(model, tokenizer, out)
     report(out, tokenizer, documents)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    app()

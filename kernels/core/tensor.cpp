@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <vector>
 
 namespace llaisys {
 
@@ -135,6 +136,15 @@ Extent extent(const LlaisysTensor &t) {
     return e;
 }
 
+bool contiguous(const LlaisysTensor &t) {
+    int64_t stride = 1;
+    for (int32_t i = t.ndim - 1; i >= 0; --i) {
+        if (t.shape[i] != 1 && t.strides[i] != stride) return false;
+        stride *= t.shape[i];
+    }
+    return true;
+}
+
 bool same_view(const LlaisysTensor &a, const LlaisysTensor &b) {
     if (a.data != b.data || a.dtype != b.dtype || a.ndim != b.ndim) return false;
     for (int32_t i = 0; i < a.ndim; ++i)
@@ -178,17 +188,18 @@ bool overlap(const LlaisysTensor &a, const LlaisysTensor &b) {
 // Whether two different indices can reach one element: with the axes ordered by stride, each must step over all that lies
 // within it. Layouts that pass by a finer argument (strides 2 and 3, say) are refused: no user has made one yet.
 bool overlaps_itself(const LlaisysTensor &t) {
-    if (numel(t) == 0) return false;
-    int64_t order[LLAISYS_MAX_DIMS];
-    int32_t n = 0;
+    if (numel(t) == 0 || contiguous(t)) return false;
+    struct Axis {
+        int64_t stride, size;
+    };
+    std::vector<Axis> axes;
     for (int32_t i = 0; i < t.ndim; ++i)
-        if (t.shape[i] > 1) order[n++] = i;
-    std::sort(order, order + n, [&](int64_t i, int64_t j) { return std::abs(t.strides[i]) < std::abs(t.strides[j]); });
+        if (t.shape[i] > 1) axes.push_back({std::abs(t.strides[i]), t.shape[i]});
+    std::sort(axes.begin(), axes.end(), [](const Axis &a, const Axis &b) { return a.stride < b.stride; });
     int64_t reach = 0;
-    for (int32_t i = 0; i < n; ++i) {
-        const int64_t stride = std::abs(t.strides[order[i]]);
-        if (stride <= reach) return true;
-        reach += (t.shape[order[i]] - 1) * stride;
+    for (const Axis &axis : axes) {
+        if (axis.stride <= reach) return true;
+        reach += (axis.size - 1) * axis.stride;
     }
     return false;
 }

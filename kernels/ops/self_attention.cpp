@@ -11,8 +11,6 @@
 namespace llaisys {
 
 constexpr int64_t KEYS = 128;
-// Rows of a tile that share the widened keys and values.
-constexpr int64_t ATTENTION_ROWS = 64;
 
 // Floats of scratch memory for `tokens` tokens of one kv head, and of one row's partial result for a block.
 using AttentionWorkFn = int64_t(const AttentionArgs &, int64_t tokens);
@@ -323,6 +321,9 @@ void check_attention(LlaisysTensor *out, const LlaisysTensor *q, const LlaisysTe
     check_last_axis_contiguous({oo, oq, ok, ov});
     check_output(oo, {oq, ok, ov});
 }
+
+// Rows of a tile that share the widened keys and values.
+constexpr int64_t ATTENTION_ROWS = 64;
 
 static float *floats(Slot slot, int64_t count) {
     return static_cast<float *>(scratch(slot, size_t(count) * sizeof(float)));

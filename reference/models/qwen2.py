@@ -170,6 +170,7 @@ class Session:
         return x, h
 
     def attention(self, site: str, layer: int, x: Array, positions: Array) -> Array:
+        """Queries of the new tokens over the keys and values of all; [T, E] to [T, E]."""
         config = self.model.config
         theta, dim = config.rope_theta, config.head_dim
         q = self.linear(site + "q_proj", x).reshape(-1, config.num_attention_heads, dim)  # [T, H, D]
@@ -180,17 +181,20 @@ class Session:
         values = self.values[layer].append(v, self.length)
         scale = self.model.scale
         out = self.node(site + "attn", "rope_self_attention", q, positions, keys, values, theta, scale)  # [T, H, D]
-        return self.linear(site + "o_proj", out.reshape(len(out), -1))
+        return self.linear(site + "o_proj", out.reshape(-1, config.num_attention_heads * dim))
 
     def mlp(self, site: str, x: Array) -> Array:
+        """Gated MLP, [T, E] to [T, E]."""
         gate, up = self.linear(site + "gate_proj", x), self.linear(site + "up_proj", x)  # [T, F]
         return self.linear(site + "down_proj", self.node(site + "act", "swiglu", gate, up))
 
     def linear(self, site: str, x: Array) -> Array:
+        """x W^T + b with the weight and, if there is one, the bias of `site`."""
         result: Array = self.node(site, "linear", x, self.weight(site), self.model.weights.get(site + ".bias"))
         return result
 
     def weight(self, site: str) -> Array:
+        """The weight that belongs to `site`."""
         return self.model.weights[site + ".weight"]
 
     def node(self, site: str, op: str, *args: Any) -> Any:

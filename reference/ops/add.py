@@ -78,7 +78,7 @@ SPEC = Spec(
     ),
     errors=(
         ErrorCase("rows that would broadcast", "SHAPE", lambda v: {"b": v["b"][:1]}, ("add", "b")),
-        ErrorCase("a scalar that would broadcast", "SHAPE", lambda v: {"b": v["b"].reshape(-1)[0]}, ("add", "b")),
+        ErrorCase("a scalar that would broadcast", "SHAPE", lambda v: {"b": v["b"].reshape(-1)[0, ...]}, ("add", "b")),
     ),
     bench=qwen2_bench(lambda m: {"residual": {"...": (m["T"], m["E"])}}),
     flops=lambda d: math.prod(d["..."]),

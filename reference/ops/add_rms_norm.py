@@ -16,6 +16,8 @@ from .add import oracle as add_oracle
 
 
 class AddRmsNorm(NamedTuple):
+    """What add_rms_norm returns."""
+
     out: Array
     sum: Array
 
@@ -34,6 +36,7 @@ def oracle(a: Array, b: Array, weight: Array, eps: float) -> tuple[Oracle, ...]:
 
 
 def make_inputs(spec: Spec, rng: np.random.Generator, dims: Dims, dtype: np.dtype[Any]) -> dict[str, Any]:
+    """Realistic values; see `Spec.inputs`."""
     values = norm.make_inputs(spec, rng, dims, dtype)
     b = rng.standard_normal(values["x"].shape, dtype=np.float32).astype(dtype)
     return {"a": values.pop("x"), "b": b, **values}

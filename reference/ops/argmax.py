@@ -13,6 +13,8 @@ from ..spec import Arg, Constraint, ErrorCase, Probe, Spec, qwen2_bench
 
 
 class Argmax(NamedTuple):
+    """What argmax returns."""
+
     index: Array  # type: ignore[assignment]  # hides tuple.index
     value: Array
 
@@ -78,7 +80,7 @@ SPEC = Spec(
     ),
     errors=(
         ErrorCase("empty last axis", "SHAPE", lambda v: {"x": v["x"][..., :0]}, ("argmax", "x")),
-        ErrorCase("x without an axis", "SHAPE", lambda v: {"x": v["x"].reshape(-1)[0]}, ("argmax", "x")),
+        ErrorCase("x without an axis", "SHAPE", lambda v: {"x": v["x"].reshape(-1)[0, ...]}, ("argmax", "x")),
     ),
     bench=qwen2_bench(lambda m: {"logits": {"...": (1,), "V": m["V"]}} if m["T"] == 1 else {}),
     flops=lambda d: math.prod(d["..."]) * d["V"],

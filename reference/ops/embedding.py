@@ -27,6 +27,7 @@ def oracle(index: Array, weight: Array) -> tuple[Oracle, ...]:
 
 
 def make_inputs(spec: Spec, rng: np.random.Generator, dims: Dims, dtype: np.dtype[Any]) -> dict[str, Any]:
+    """Realistic values; see `Spec.inputs`."""
     index = rng.integers(0, max(dims["V"], 1), dims["T"])
     index[:2] = (dims["V"] - 1, 0)[: dims["T"]]
     weight = rng.standard_normal((dims["V"], dims["E"]), dtype=np.float32)

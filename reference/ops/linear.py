@@ -47,6 +47,8 @@ def oracle(x: Array, weight: Array, bias: Array | None = None) -> tuple[Oracle, 
 
 
 def make_inputs(spec: Spec, rng: np.random.Generator, dims: Dims, dtype: np.dtype[Any]) -> dict[str, Any]:
+    """Realistic values; see `Spec.inputs`."""
+
     def normal(*shape: int) -> Array:
         return rng.standard_normal(shape, dtype=np.float32)
 
@@ -109,7 +111,7 @@ SPEC = Spec(
         Probe("NaN and infinities", {"...": (4,), "N": 19, "C": 50}, not_finite),
     ),
     errors=(
-        ErrorCase("x without an axis", "SHAPE", lambda v: {"x": v["x"].reshape(-1)[0]}, ("linear", "x")),
+        ErrorCase("x without an axis", "SHAPE", lambda v: {"x": v["x"].reshape(-1)[0, ...]}, ("linear", "x")),
         ErrorCase(
             "weight transposed",
             "SHAPE",

@@ -39,6 +39,7 @@ def oracle(x: Array, weight: Array, eps: float) -> tuple[Oracle, ...]:
 
 
 def make_inputs(spec: Spec, rng: np.random.Generator, dims: Dims, dtype: np.dtype[Any]) -> dict[str, Any]:
+    """Realistic values; see `Spec.inputs`."""
     shape: tuple[int, ...] = (*dims["..."], dims["E"])
     x = 3 * rng.standard_normal(shape, dtype=np.float32)
     weight = 1 + rng.standard_normal(shape[-1:], dtype=np.float32) / 4

@@ -65,6 +65,7 @@ def oracle(x: Array, pos_ids: Array, theta: float) -> tuple[Oracle, ...]:
 
 
 def make_inputs(spec: Spec, rng: np.random.Generator, dims: Dims, dtype: np.dtype[Any]) -> dict[str, Any]:
+    """Realistic values; see `Spec.inputs`."""
     return {
         "x": rng.standard_normal((dims["T"], dims["H"], dims["D"]), dtype=np.float32).astype(dtype),
         "pos_ids": rng.integers(0, 4096, dims["T"]).astype(np.int64),

@@ -67,10 +67,12 @@ def attend(q: Array, q_off: Array, k: Array, v: Array, scale: float) -> Oracle:
 
 
 def oracle(q: Array, k: Array, v: Array, scale: float) -> tuple[Oracle, ...]:
+    """`attend` with queries that are known exactly."""
     return (attend(f64(q), np.zeros(q.shape), k, v, scale),)
 
 
 def make_inputs(spec: Spec, rng: np.random.Generator, dims: Dims, dtype: np.dtype[Any]) -> dict[str, Any]:
+    """Realistic values; see `Spec.inputs`."""
     tokens, length, heads, groups, dim = (dims[x] for x in "TSHKD")
     shapes = {"q": (tokens, heads, dim), "k": (length, groups, dim), "v": (length, groups, dim)}
     values = {name: rng.standard_normal(shape, dtype=np.float32).astype(dtype) for name, shape in shapes.items()}
@@ -99,6 +101,7 @@ def with_ramp(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def dims_of(*rows: tuple[int, int, int, int, int]) -> tuple[Dims, ...]:
+    """Sizes given as (T, S, H, K, D)."""
     return tuple(dict(zip("TSHKD", row, strict=True)) for row in rows)
 
 

@@ -1,1 +1,10 @@
-"""placeholder"""
+"""x"""
+
+from __future__ import annotations
+
+from operator_tests import OperatorTests
+
+
+class TestAdd(OperatorTests):
+    name = "add"
+    big = {"...": (7, 9001)}
