@@ -37,7 +37,6 @@ class Tokenizer:
         self.special_tokens: dict[str, str] = {}
         self._templates = self._read_templates(template)
         self._add_tokens(settings)
-        self._set_bos_eos(settings)
         backend.no_truncation()
         backend.no_padding()
 
@@ -100,8 +99,9 @@ class Tokenizer:
         return result
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The ids of `text`. Special tokens written in it become their ids; `add_special_tokens` adds the bos and eos
-        that tokenizer_config.json or tokenizer.json ask for (Qwen2's ask for none).
+        """The ids of `text`. Special tokens written in it become their ids; `add_special_tokens` adds what the
+        post-processor of tokenizer.json adds (Qwen2's: nothing). As in transformers, add_bos_token and add_eos_token of
+        tokenizer_config.json do not count beside a tokenizer.json.
 
         Raises InvalidArgumentError for what is no text in UTF-8, and `CheckpointError` if the tokenizer fails on it.
         """
@@ -243,23 +243,6 @@ class Tokenizer:
                 add = self._backend.add_special_tokens if special else self._backend.add_tokens
                 add([AddedToken(content, special=special, **flags)])
         return content
-
-    def _set_bos_eos(self, settings: Mapping[str, Any]) -> None:
-        """add_bos_token and add_eos_token, where they are given, take the place of tokenizer.json's post-processor."""
-        from tokenizers.processors import TemplateProcessing
-
-        ask = {name: settings.get(f"add_{name}") for name in ("bos_token", "eos_token")}
-        for name, value in ask.items():
-            if value is not None and type(value) is not bool:
-                raise self._bad(f"add_{name}", "true or false", value)
-        if all(f"add_{name}" not in settings for name in ask):
-            return
-        added = {name: token for name, token in self.special_tokens.items() if ask.get(name)}
-        # Under the names bos_token and eos_token: the library splits what stands in the template at spaces and colons.
-        pieces = [name for name in ("bos_token", "$A", "eos_token") if name == "$A" or name in added]
-        special = [{"id": name, "ids": [self.token_to_id(token)], "tokens": [token]} for name, token in added.items()]
-        with foreign(self._file, "add_bos_token", "bos and eos that can be added"):
-            self._backend.post_processor = TemplateProcessing(single=pieces, special_tokens=special)
 
     def _bad(self, field: str, expected: str, found: Any) -> CheckpointError:
         return CheckpointError(file=Path(self._file), field=field, expected=expected, found=show(found))

@@ -52,3 +52,34 @@ def exact_logits(weights: Mapping[str, Any], config: Any, tokens: Sequence[int])
     x = norm(h, "model.norm")
     head = weight("lm_head.weight") if "lm_head.weight" in weights and not config.tie_word_embeddings else table
     return np.asarray(x @ head.T)
+
+
+def rms(x: Array) -> float:
+    """Root of the mean square."""
+    return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
+
+
+#: How far the error of a backend may exceed that of transformers; see `inadmissible`.
+RMS_FACTOR, MAX_FACTOR = 2.0, 3.0
+
+
+def inadmissible(logits: Array, theirs: Array, truth: Array) -> str:
+    """Why `logits` are worse than rounding explains, "" if they are not.
+
+    A whole model has no useful bound in closed form: the bounds of its nodes, multiplied through the layers, exceed the
+    logits. But transformers' own distance from `truth` (the same stored weights, everything else in f64) is a sample of
+    what this model's rounding does to its logits, and a correct implementation with the same rounding points (the
+    operator tests certify each of them) is another sample of the same thing. Their root mean squares then agree but for
+    the order of the f32 sums, over which the standard deviation of an error varies between sqrt(log n) for pairwise and
+    sqrt(n) for running sums of n terms: with lanes and blocks of some tens of terms in between on both sides,
+    a factor of 2. The largest of N such errors is sqrt(2 log N) of their rms, 3.5 to 5 for N from 10^3 to 10^6, and
+    scatters by a quarter around that, by a half where only the T hidden states are independent: 2 times 1.5 is 3.
+    """
+    ours, noise = np.abs(logits - truth), np.abs(theirs - truth)
+    if not np.isfinite(ours).all():
+        return "there are NaN or infinite logits"
+    if rms(ours) > RMS_FACTOR * rms(noise):
+        return f"rms error {rms(ours):.2e}, {rms(ours) / rms(noise):.2f} times that of transformers"
+    if ours.max() > MAX_FACTOR * noise.max():
+        return f"largest error {ours.max():.2e}, {ours.max() / noise.max():.2f} times that of transformers"
+    return ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +24,7 @@ from kernel_harness import (
     invoke,
     judge,
     just_outside,
+    make_case,
     place,
     raw,
     run,
@@ -61,8 +62,8 @@ class OperatorTests:
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if "dtype" in metafunc.fixturenames:
-            floats_only = metafunc.function.__name__ in ("test_refusals", "test_bound_can_fail")
-            metafunc.parametrize("dtype", FLOATS if floats_only else SPECS[self.name].dtypes)
+            every = metafunc.function.__name__ in ("test_cases", "test_threads")
+            metafunc.parametrize("dtype", SPECS[self.name].dtypes if every else FLOATS)
         if "tier" in metafunc.fixturenames:
             metafunc.parametrize("tier", TIERS)
 
@@ -126,6 +127,15 @@ class OperatorTests:
                 outputs = {a.name: np.zeros_like(x) for a, x in zip(self.spec.outputs, expected, strict=True)}
                 assert invoke(self.spec, {**values, **outputs})[0] == "OK", where
                 assert all(map(same_bits, outputs.values(), expected)), where
+
+    def outcome(self, dtype: str, tier: str, label: str, values: dict[str, Any]) -> tuple[Array, ...]:
+        """The outputs for special values, judged; for the tests that an operator has of its own."""
+        need(tier)
+        case, where = make_case(self.spec, label, values), self.where(dtype, tier, label)
+        with using(tier):
+            outputs = run(self.spec, values, where)
+        judge(self.spec, case, outputs, where)
+        return outputs
 
     # ------------------------------------------------------- shared memory
 
@@ -285,6 +295,17 @@ class OperatorTests:
         else:
             yield just_outside(oracle, output.dtype, index), index
             yield np.asarray(np.nan).astype(output.dtype), index
+
+    def must_notice(self, dtype: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        """The kernel, called with other inputs or scalars than the oracle, does not pass in one of the cases."""
+        for case in cases(self.name, dtype):
+            values = {**case.values, **change(case.values)}
+            outputs = run(self.spec, values, self.where(dtype, case.label))
+            try:
+                judge(self.spec, case, outputs, "changed")
+            except AssertionError:
+                return
+        raise AssertionError(f"{self.where(dtype)}: the change passed in all cases")
 
     # ------------------------------------------------- in a process apart
 

@@ -10,10 +10,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from llaisys.reference import SPECS
 
 import llaisys
 from llaisys import Tensor, errors, ops
+from llaisys.reference import SPECS
 
 torch = pytest.importorskip("torch")
 
@@ -23,8 +23,10 @@ KINDS = ["numpy", "torch", "Tensor"]
 
 
 def as_kind(array: np.ndarray[Any, Any], kind: str) -> Any:
+    if kind == "numpy":
+        return array
     tensor = Tensor.from_numpy(array if array.flags.writeable else array.copy())
-    return {"numpy": lambda: array, "torch": tensor.torch, "Tensor": lambda: tensor}[kind]()
+    return tensor if kind == "Tensor" else tensor.torch()
 
 
 def to_numpy(x: Any) -> np.ndarray[Any, Any]:
@@ -43,7 +45,8 @@ def valid_call(name: str, dtype: np.dtype[Any]) -> list[Any]:
         case for case in spec.cases if all(np.min(size, initial=2) > 1 and size != () for size in case.values())
     )
     values = spec.inputs(spec, np.random.default_rng(0), dims, dtype)
-    return [values.get(p.name) for p in (*spec.inputs_args, *spec.scalars)]
+    names = [*(a.name for a in spec.inputs_args), *(s.name for s in spec.scalars)]
+    return [values.get(name) for name in names]
 
 
 # ------------------------------------------------------------- all operators

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from llaisys.reference import SPECS
 
 import llaisys
 from llaisys import _lib, errors
+from llaisys.reference import SPECS
 
 
 def run(code: str, **env: str) -> subprocess.CompletedProcess[str]:
     """Run code in a fresh interpreter."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("LLAISYS_")} | env
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
 
 
 LOAD = "import llaisys._lib as lib\ntry: lib.library()\nexcept lib.LibraryError as e: print(e)\nelse: print('loaded')\n"
@@ -43,18 +43,21 @@ def test_an_operator_has_the_prototype_of_its_spec() -> None:
 
 
 def test_import_is_quick_and_needs_neither_torch_nor_the_library() -> None:
-    done = run(
+    code = (
         "import time; t = time.perf_counter(); import llaisys, sys; t = time.perf_counter() - t\n"
         "import llaisys.errors, llaisys.tensor\n"
-        "assert 'torch' not in sys.modules; print(t, llaisys.__version__)",
-        LLAISYS_LIBRARY="/nonexistent",
+        "assert 'torch' not in sys.modules; print(t, llaisys.__version__)"
     )
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout.split()[0]) < 0.5
+    seconds = []
+    for _ in range(3):  # an editable install may have to compile first
+        done = run(code, LLAISYS_LIBRARY="/nonexistent")
+        assert done.returncode == 0, done.stderr
+        seconds.append(float(done.stdout.split()[0]))
+    assert min(seconds) < 0.5
 
 
 def test_everything_exported_is_there() -> None:
-    for name in set(llaisys.__all__) - {"models", "Qwen2"}:
+    for name in llaisys.__all__:
         assert getattr(llaisys, name) is not None
     assert set(llaisys.__all__) <= set(dir(llaisys))
     with pytest.raises(AttributeError, match="nonsense"):

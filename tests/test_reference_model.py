@@ -42,7 +42,7 @@ def build(name: str, dtype: str) -> tuple[SimpleNamespace, dict[str, Any], Qwen2
             else value / 4
         )
         weights[key] = value.astype(FLOATS[dtype])
-    model = Qwen2ForCausalLM(torch_config)
+    model: Any = Qwen2ForCausalLM(torch_config)
     model.train(False)
     state = {key: torch.from_numpy(value.astype(np.float32)) for key, value in weights.items()}
     missing, unexpected = model.load_state_dict(state, strict=False)

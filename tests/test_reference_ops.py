@@ -56,6 +56,7 @@ def test_bound_is_able_to_fail(name: str, dtype: str) -> None:
             if not usable.any():
                 continue
             index = tuple(int(i[-1]) for i in np.nonzero(usable))
+            wrong: list[Any]
             if output.dtype == np.int64:
                 wrong = [int(output[index]) + 1]
             elif oracle.exact:

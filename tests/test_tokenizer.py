@@ -42,6 +42,15 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
+#: A post-processor that puts <|im_start|> first.
+POST = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "bos", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {"bos": {"id": "bos", "ids": [4094], "tokens": ["<|im_start|>"]}},
+}
+
+
 def edit(folder: Path, name: str = "tokenizer_config.json", drop: tuple[str, ...] = (), **changes: Any) -> Path:
     values = json.loads((folder / name).read_text())
     write_json(folder / name, {key: value for key, value in {**values, **changes}.items() if key not in drop})
@@ -61,14 +70,14 @@ def theirs(folder: Path) -> Any:
     "changes",
     [
         {},
-        {"add_bos_token": True, "bos_token": "<|im_start|>"},
-        {"add_bos_token": True, "add_eos_token": True, "bos_token": "<|im_end|>"},
-        {"add_eos_token": False},
-        {"add_bos_token": True},
-        {"eos_token": {"content": "<|im_end|>", "special": True, "lstrip": False}, "pad_token": None},
+        {"add_bos_token": True, "add_eos_token": True, "bos_token": "<|im_start|>"},
+        {"post_processor": POST, "add_bos_token": False},
+        {"eos_token": {"content": "<|im_end|>", "__type": "AddedToken", "special": True}, "pad_token": None},
     ],
 )
 def test_ids_of_transformers(folder: Path, changes: dict[str, Any]) -> None:
+    if "post_processor" in changes:
+        edit(folder, "tokenizer.json", post_processor=changes.pop("post_processor"))
     edit(folder, **changes)
     ours, other = Tokenizer.open(folder), theirs(folder)
     for text in TEXTS:
@@ -77,6 +86,7 @@ def test_ids_of_transformers(folder: Path, changes: dict[str, Any]) -> None:
             assert ids == other.encode(text, add_special_tokens=special), text
             for skip in (True, False):
                 assert ours.decode(ids, skip_special_tokens=skip) == other.decode(ids, skip_special_tokens=skip)
+    assert (ours.encode("x")[0] == 4094) is (changes == {"add_bos_token": False})
     assert (ours.bos_token_id, ours.eos_token_id, ours.pad_token_id) == (
         other.bos_token_id,
         other.eos_token_id,
@@ -124,7 +134,7 @@ def test_what_is_no_text_or_no_id(tiny: Tokenizer) -> None:
         with pytest.raises(IndexRangeError):
             tiny.decode([token])
     assert tiny.decode([10**9]) == ""
-    assert tiny.vocab_size == 4096 and tiny.token_to_id("<|im_end|>") == 4095 and tiny.token_to_id("no") is None
+    assert tiny.vocab_size == 4096 and tiny.token_to_id("<|im_end|>") == 4095 and tiny.token_to_id("not one") is None
 
 
 # ----------------------------------------------------------------------------------------------------------- streaming
@@ -354,7 +364,6 @@ def test_dropout_is_refused(folder: Path) -> None:
         {"added_tokens_decoder": {"-1": {"content": "a"}}},
         {"added_tokens_decoder": {"7": {"content": "<|im_end|>"}}},
         {"added_tokens_decoder": {"9" * 5000: {"content": "a"}}},
-        {"add_bos_token": 1},
         {"chat_template": 3},
         {"chat_template": [3]},
         {"chat_template": [{"name": "default"}]},

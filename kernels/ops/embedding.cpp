@@ -5,8 +5,7 @@ namespace llaisys {
 
 struct EmbeddingArgs {
     Rows out, weight;
-    const char *index;
-    int64_t index_step; // bytes
+    const char *index; // int64, perhaps not aligned
     int64_t row_bytes;
 };
 // Rows [begin, end) of the output.
@@ -18,7 +17,7 @@ EmbeddingFn embedding;
 void embedding(const EmbeddingArgs &args, int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
         int64_t row;
-        memcpy(&row, args.index + t * args.index_step, 8);
+        memcpy(&row, args.index + t * 8, 8);
         memcpy(row_at(args.out, t), row_at(args.weight, row), size_t(args.row_bytes));
     }
 }
@@ -46,7 +45,7 @@ static void check_embedding(LlaisysTensor *out, const LlaisysTensor *index, cons
     check_ndim({"out", out}, 2);
     check_size({"out", out}, 0, index->shape[0], "length of index");
     check_size({"out", out}, 1, weight->shape[1], "row length of weight");
-    check_last_axis_contiguous({{"out", out}, {"weight", weight}});
+    check_last_axis_contiguous({{"out", out}, {"index", index}, {"weight", weight}});
     check_output({"out", out}, {{"index", index}, {"weight", weight}});
 }
 
@@ -57,11 +56,11 @@ int32_t llaisysEmbedding(LlaisysTensor *out, const LlaisysTensor *index, const L
     return guarded("embedding", [&] {
         check_embedding(out, index, weight);
         const EmbeddingArgs args{make_rows(*out), make_rows(*weight), static_cast<const char *>(index->data),
-                                 index->strides[0] * 8, weight->shape[1] * dtype_size(weight->dtype)};
+                                 weight->shape[1] * dtype_size(weight->dtype)};
         const int64_t count = index->shape[0];
         for (int64_t t = 0; t < count; ++t) {
             int64_t row;
-            std::memcpy(&row, args.index + t * args.index_step, 8);
+            std::memcpy(&row, args.index + t * 8, 8);
             if (row < 0 || row >= weight->shape[0])
                 fail(LLAISYS_ERROR_INDEX, "index: expected 0 to %lld, found %lld at position %lld",
                      (long long)weight->shape[0] - 1, (long long)row, (long long)t);

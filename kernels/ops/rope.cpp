@@ -65,7 +65,7 @@ static const std::vector<float> &inv_freq(int64_t head_dim, float theta) {
 const float *rope_table(const LlaisysTensor &pos_ids, int64_t head_dim, float theta, int32_t dtype) {
     const int64_t tokens = pos_ids.shape[0], half = head_dim / 2;
     auto *table = static_cast<float *>(scratch(SLOT_TABLE, size_t(tokens * head_dim) * sizeof(float)));
-    const RopeTableArgs args{static_cast<const char *>(pos_ids.data), pos_ids.strides[0] * 8,
+    const RopeTableArgs args{static_cast<const char *>(pos_ids.data),
                              inv_freq(head_dim, theta).data(), half, table, dtype};
     const int64_t least = std::max<int64_t>(1, 2048 / std::max<int64_t>(half, 1));
     parallel_for(tokens, grain_for(tokens, least),
@@ -81,6 +81,7 @@ void check_rope(const Argument &x, const Argument &pos_ids, float theta) {
     check_dtype(pos_ids, LLAISYS_DTYPE_I64);
     check_ndim(pos_ids, 1);
     check_size(pos_ids, 0, x.tensor->shape[0], "tokens");
+    check_last_axis_contiguous({pos_ids});
     if (!(theta > 0.0f) || theta > 3.4e38f)
         fail(LLAISYS_ERROR_INVALID_ARGUMENT, "theta: expected a finite number above 0, found %g", double(theta));
 }

@@ -9,7 +9,6 @@ namespace llaisys {
 
 struct RopeTableArgs {
     const char *pos_ids; // int64, perhaps not aligned
-    int64_t pos_step;    // bytes
     const float *inv_freq;
     int64_t half; // D / 2
     float *table; // [T, 2, D / 2]: cosines, then sines, rounded to the dtype
@@ -53,7 +52,7 @@ static inline void round_span(float *x, int64_t n) {
 [[maybe_unused]] static void fill_rope_table(const RopeTableArgs &args, int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
         int64_t pos;
-        memcpy(&pos, args.pos_ids + t * args.pos_step, 8);
+        memcpy(&pos, args.pos_ids + t * 8, 8);
         const float position = float(pos);
         float *cosine = args.table + 2 * t * args.half, *sine = cosine + args.half;
         float largest = 0;

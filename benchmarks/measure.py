@@ -1,0 +1,103 @@
+"""How the benchmarks measure: calls of several implementations in turns, cold weights, the roof of memory reads."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+#: Seconds of one uninterrupted series of calls. Shorter ones would measure how threads wake up, longer ones would not
+#: see the same noise of the machine as those of the other implementations.
+SERIES = 0.005
+#: Seconds of measuring an implementation, once it has had its least number of series.
+BUDGET = 0.2
+LEAST, MOST = 5, 30
+#: Seconds of one call above which an implementation is left out (the numpy twins, of the largest cases).
+TOO_SLOW = 1.0
+
+Call = Callable[[], Any]
+
+
+def in_turns(calls: Mapping[str, Call]) -> dict[str, tuple[int, list[float]]]:
+    """Time all `calls` side by side: calls in a series, and the seconds of each series, by name.
+
+    The implementations take turns, so that each meets the same state of the machine and a ratio of their medians is
+    not one of two different minutes. A pause lets the threads of the one before go to sleep, and the call after it is
+    not counted. What takes longer than TOO_SLOW is left out.
+    """
+    lengths: dict[str, int] = {}
+    rounds: dict[str, int] = {}
+    for name, call in calls.items():
+        call()
+        once = _seconds(call, 1)
+        if once < TOO_SLOW:
+            lengths[name] = max(1, int(SERIES / max(once, 1e-7)))
+            rounds[name] = min(MOST, max(LEAST, int(BUDGET / max(once, SERIES))))
+    times: dict[str, list[float]] = {name: [] for name in lengths}
+    for i in range(max(rounds.values(), default=0)):
+        for name, length in lengths.items():
+            if i < rounds[name]:
+                time.sleep(0.001)
+                if length > 1:
+                    calls[name]()
+                times[name].append(_seconds(calls[name], length))
+    return {name: (lengths[name], times[name]) for name in lengths}
+
+
+def _seconds(call: Call, count: int) -> float:
+    start = time.perf_counter()
+    for _ in itertools.repeat(None, count):
+        call()
+    return time.perf_counter() - start
+
+
+def rotating(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], **keywords: Any) -> Call:
+    """A call of `function` that takes the next of `arguments` each time."""
+    if len(arguments) == 1:
+        only = arguments[0]
+        return lambda: function(*only, **keywords)
+    turn = itertools.cycle(arguments)
+    return lambda: function(*next(turn), **keywords)
+
+
+def copies_for(nbytes: int) -> int:
+    """Copies of `nbytes` that have to take turns until each has left every cache when its turn comes again."""
+    return max(1, -(-2 * last_level_cache() // max(nbytes, 1)))
+
+
+@cache
+def last_level_cache() -> int:
+    """Bytes of the largest cache; 32 MiB where the system does not say."""
+    sizes = [32 << 20]
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        sizes.append(int(text[:-1]) * units[text[-1]] if text[-1:] in units else int(text))
+    return max(sizes)
+
+
+@cache
+def read_roof(threads: int) -> float:
+    """Bytes per second at which `threads` threads read memory, at best: the larger of two plain ways to read it all."""
+    data = np.ones(max(256 << 20, 4 * last_level_cache()) // 8, np.int64)
+    parts = np.array_split(data, threads)
+    floats = [part.view(np.float32) for part in parts]
+    ways: list[tuple[Callable[[Any], Any], list[Any]]] = [
+        (np.bitwise_or.reduce, parts),
+        (lambda x: np.dot(x, x), floats),
+    ]
+    best = float("inf")
+    with threadpool_limits(1), ThreadPoolExecutor(threads) as pool:
+        for _ in range(9):
+            for way, pieces in ways:
+                start = time.perf_counter()
+                list(pool.map(way, pieces))
+                best = min(best, time.perf_counter() - start)
+    return data.nbytes / best
