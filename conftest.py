@@ -1,9 +1,31 @@
-"""`pytest` runs the tests, `pytest --benchmark-only` the benchmarks. Folders or files that are named are run as ever."""
+"""`pytest` runs the tests, `pytest --benchmark-only` the benchmarks. What is named on the command line is run.
+
+Either way it is the installed package that they are about. The tree has a folder llaisys too, without the library and
+without llaisys.reference, which Python would find first wherever the tree is the current folder.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parent
+
+sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != ROOT]
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Look into `benchmarks` and not into `testpaths` if only benchmarks are asked for."""
     if config.args_source is pytest.Config.ArgsSource.TESTPATHS and config.getoption("benchmark_only", False):
-        config.args = [str(config.rootpath / "benchmarks")]
+        config.args = [str(ROOT / "benchmarks")]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def outside_of_the_tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests run in an empty folder, and so do the interpreters that they start."""
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("cwd"))
+    yield
+    os.chdir(before)

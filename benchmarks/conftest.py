@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from measure import last_level_cache, read_roof
 from threadpoolctl import threadpool_limits
 
 import llaisys
+from measure import last_level_cache, read_roof
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +35,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     }
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """One line for each case: the kernel, torch and the twin side by side."""
     session = getattr(config, "_benchmarksession", None)

@@ -84,8 +84,8 @@ def self_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, *, out: Output
     """The causal mask of torch is aligned top-left: right for a whole prompt and, without one, for a single token."""
     if len(q) not in (1, len(k)):
         raise ValueError(f"q: expected 1 or {len(k)} tokens, found {len(q)}")
-    heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
-    result = F.scaled_dot_product_attention(*heads_first, is_causal=len(q) > 1, scale=scale, enable_gqa=True)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    result = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, scale=scale, enable_gqa=True)
     return result[0].transpose(0, 1)
 
 

@@ -4,8 +4,9 @@
  * initialisation. Python calls it through ctypes.
  *
  * Errors. A function that returns int32_t returns LLAISYS_OK (0) or a negative status; a function that returns a handle
- * returns NULL on an error. Nothing throws, aborts or exits. llaisysLastError() then says what went wrong: it names the
- * operator, the argument, what was expected and what was found. Status and text belong to the calling thread.
+ * or a text returns NULL on an error, and llaisysLastStatus() has the status. Nothing throws, aborts or exits.
+ * llaisysLastError() says what went wrong: it names the operator, the argument, what was expected and what was found.
+ * Status and text belong to the calling thread.
  *
  * Threads. Every function may be called from any thread. Two threads may use one model at once if each has a session of
  * its own; calls on one session must not overlap (one that does is refused with LLAISYS_ERROR_STATE).
@@ -58,6 +59,8 @@ LLAISYS_API const char *llaisysVersion(void);
 LLAISYS_API const char *llaisysBuildHash(void);
 /* Text of the last error on this thread, "" if there was none; valid until the next call on this thread. */
 LLAISYS_API const char *llaisysLastError(void);
+/* Status of the last error on this thread, LLAISYS_OK if there was none. */
+LLAISYS_API int32_t llaisysLastStatus(void);
 /* "SHAPE" for LLAISYS_ERROR_SHAPE, "OK" for 0, "UNKNOWN" for what is no status. */
 LLAISYS_API const char *llaisysStatusName(int32_t status);
 

@@ -1,6 +1,6 @@
 """`python -m llaisys` is the command `llaisys`."""
 
-from .cli import app
+from .cli import main
 
 if __name__ == "__main__":
-    app(prog_name="llaisys")
+    main()

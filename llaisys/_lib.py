@@ -19,7 +19,7 @@ from pathlib import Path
 from threading import get_ident
 from typing import Any
 
-from .errors import InvalidArgumentError, LibraryError, UnsupportedError, status_error
+from .errors import InternalError, InvalidArgumentError, LibraryError, status_error
 
 MAX_DIMS = 8
 #: Instruction set tiers, lowest first.
@@ -78,6 +78,7 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llaisysVersion": (c_char_p, ()),
     "llaisysBuildHash": (c_char_p, ()),
     "llaisysLastError": (c_char_p, ()),
+    "llaisysLastStatus": (c_int32, ()),
     "llaisysStatusName": (c_char_p, (c_int32,)),
     "llaisysSetIsa": (c_int32, (c_char_p,)),
     "llaisysIsa": (c_char_p, ()),
@@ -230,10 +231,10 @@ def check_call(status: int) -> int:
 
 
 def check_handle(handle: int | None) -> int:
-    """Pass on a handle; raise if it is NULL. The C ABI gives such an error no status, only a text."""
+    """Pass on a handle; raise the error that the last status names if it is NULL."""
     if not handle:
-        check_call(0)
-        raise InvalidArgumentError(last_error())
+        check_call(library().llaisysLastStatus())
+        raise InternalError("expected a handle or an error, found neither")
     return handle
 
 
@@ -340,10 +341,12 @@ def set_isa(name: str) -> None:
 
 
 def isa() -> str:
-    """The tier in use. UnsupportedError if LLAISYS_ISA asks for one that cannot be had."""
+    """The tier in use. UnsupportedError if LLAISYS_ISA asks for one that the machine lacks, InvalidArgumentError if for
+    one that does not exist.
+    """
     name = library().llaisysIsa()
     if name is None:
-        raise UnsupportedError(last_error())
+        check_call(library().llaisysLastStatus())
     return str(name.decode())
 
 

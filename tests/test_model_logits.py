@@ -58,8 +58,8 @@ SHARDS = {"gqa2-d80": 3, "mha-d64-tied": 2}
 
 @pytest.fixture(autouse=True)
 def few_threads() -> None:
-    llaisys.set_num_threads(2)
-    torch.set_num_threads(2)
+    llaisys.set_num_threads(1)  # what is tested does not depend on it, and a busy machine makes threads wait
+    torch.set_num_threads(1)
 
 
 def theirs(model: Any, tokens: list[int]) -> np.ndarray[Any, Any]:
@@ -227,7 +227,8 @@ def test_large_checkpoint(large: Any, tmp_path: Path) -> None:
     for name in ("single", "shards"):
         out = tmp_path / f"{name}.npy"
         command = [sys.executable, "-c", _MEASURE, str(folder / name), json.dumps(tokens), str(out)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
         peak = int(done.stdout)
         weights = sum(file.stat().st_size for file in (folder / name).glob("*.safetensors"))
         cache = 2 * 24 * 2 * 64 * 2 * len(tokens)

@@ -11,8 +11,9 @@ them is a place where an engine that guesses goes wrong.
 
     python tools/train_tiny.py --work /tmp/tiny --steps 1300
 
-Interrupt it at will: the same command goes on from the last checkpoint in `--work`. The other part of the state, which
-text comes at which step, is a function of the step number alone and needs no saving.
+Interrupt it at will: the same command goes on from the last checkpoint in `--work`. Which text comes at which step is
+a function of the step number alone and needs no saving. `--minutes` bounds the time; a later run with more minutes goes
+on from there, at the learning rate that the longer schedule has at that point.
 """
 
 from __future__ import annotations
@@ -406,7 +407,7 @@ def export(model: Qwen2ForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         for file in sorted(folder.iterdir()):
             file.chmod(0o644)
-            os.replace(file, out / file.name)
+            file.replace(out / file.name)
 
 
 @torch.no_grad()
@@ -494,7 +495,7 @@ def save_checkpoint(
     }
     temporary = path.with_suffix(".new")
     torch.save(state, temporary)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def load_checkpoint(

@@ -70,9 +70,14 @@ int best_tier() {
 constexpr int UNSET = -1, REFUSED = -2;
 std::atomic<int> active{UNSET};
 
-int initial_tier() {
+const char *wanted_tier() {
     const char *name = std::getenv("LLAISYS_ISA");
-    if (!name || !*name) return best_tier();
+    return name && *name ? name : nullptr;
+}
+
+int initial_tier() {
+    const char *name = wanted_tier();
+    if (!name) return best_tier();
     const int tier = tier_by_name(name);
     return tier >= 0 && tier <= best_tier() ? tier : REFUSED;
 }
@@ -91,9 +96,12 @@ int load_active() {
 
 Tier active_tier() {
     const int tier = load_active();
-    if (tier == REFUSED)
-        fail(LLAISYS_ERROR_UNSUPPORTED, "LLAISYS_ISA: expected one of scalar ... %s, which this machine has, found %s",
-             tier_names[best_tier()], std::getenv("LLAISYS_ISA") ? std::getenv("LLAISYS_ISA") : "nothing");
+    if (tier == REFUSED) {
+        const char *name = wanted_tier();
+        fail(tier_by_name(name) < 0 ? LLAISYS_ERROR_INVALID_ARGUMENT : LLAISYS_ERROR_UNSUPPORTED,
+             "LLAISYS_ISA: expected scalar, avx2, avx512 or amx, of which this machine's best is %s, found %.40s",
+             tier_names[best_tier()], name ? name : "nothing");
+    }
     return Tier(tier);
 }
 

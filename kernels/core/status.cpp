@@ -8,6 +8,7 @@ namespace llaisys {
 namespace {
 // A fixed buffer: reporting that memory has run out must not need memory.
 thread_local char last_error[1024] = "";
+thread_local int32_t last_status = LLAISYS_OK;
 } // namespace
 
 void fail(int32_t status, const char *format, ...) {
@@ -20,6 +21,7 @@ void fail(int32_t status, const char *format, ...) {
 }
 
 int32_t set_error(const char *call, int32_t status, const char *text) noexcept {
+    last_status = status;
     std::snprintf(last_error, sizeof last_error, "%s: %s", call, text);
     return status;
 }
@@ -31,6 +33,7 @@ extern "C" {
 int32_t llaisysAbiVersion(void) { return LLAISYS_ABI_VERSION; }
 const char *llaisysVersion(void) { return LLAISYS_VERSION; }
 const char *llaisysLastError(void) { return llaisys::last_error; }
+int32_t llaisysLastStatus(void) { return llaisys::last_status; }
 
 const char *llaisysStatusName(int32_t status) {
     switch (status) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -90,11 +91,11 @@ class _Watchers:
 
     def __init__(self, engine: Engine) -> None:
         self.taps: tuple[Tap, ...] = ()
-        self._observe = engine.observe
+        self._engine = weakref.ref(engine)
 
     def add(self, tap: Tap) -> Tap:
         if not self.taps:
-            self._observe(self.show)
+            self._tell(self.show)
         self.taps += (tap,)
         return tap
 
@@ -103,7 +104,12 @@ class _Watchers:
             return
         self.taps = tuple(other for other in self.taps if other is not tap)
         if not self.taps:
-            self._observe(None)
+            self._tell(None)
+
+    def _tell(self, observer: Observer | None) -> None:
+        engine = self._engine()
+        if engine is not None:
+            engine.observe(observer)
 
     def show(self, site: str, op: str, make: Callable[[], Node]) -> None:
         wanted = [tap for tap in self.taps if site in tap.sites]
