@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TextIO
 
 import typer
@@ -29,7 +30,6 @@ EXIT_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 130, 141
 app = typer.Typer(
     name="llaisys",
     help="CPU kernels for LLM inference, each beside its numpy twin, and a Qwen2 built from either.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -123,16 +123,43 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+def _compiler_flags(cflags: bool, libs: bool) -> str:
+    """What a C compiler needs to find llaisys.h, and to link with the library and find it when the program runs."""
+    import importlib.resources
+    import shlex
+
+    from ._lib import library_path
+
+    flags: list[str] = []
+    if cflags:
+        # In an editable installation the header lies elsewhere than the package, hence by its own name.
+        header = importlib.resources.files(__package__).joinpath("include/llaisys.h")
+        flags.append(f"-I{Path(str(header)).parent}")
+    if libs:
+        folder = library_path()[0].parent
+        flags += [f"-L{folder}", f"-Wl,-rpath,{folder}", "-lllaisys"]
+    return shlex.join(flags)
+
+
+@app.callback(invoke_without_command=True)
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
     ] = False,
     show_traceback: Annotated[
         bool, typer.Option("--traceback", help="Show where an error comes from.", envvar="LLAISYS_DEBUG")
     ] = False,
+    cflags: Annotated[bool, typer.Option("--cflags", help="Print a C compiler's flags for llaisys.h and exit.")] = False,
+    libs: Annotated[bool, typer.Option("--libs", help="Print a C compiler's flags to link and exit.")] = False,
 ) -> None:
     _Options.traceback = show_traceback
+    if cflags or libs:
+        print(_compiler_flags(cflags, libs))
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(2)
 
 
 # ---------------------------------------------------------------- generate

@@ -183,10 +183,43 @@ def test_the_bound_sees_one_wrong_element_and_nan(dtype: str, tmp_path: Path) ->
 
 # ------------------------------------------------------ the shape of 0.5B
 
-LARGE = config(
-    896, 14, 2, 64, 4864, 24, 151936, tie_word_embeddings=True, rope_theta=1e6, max_position_embeddings=32768
-)
-LARGE.pop("head_dim")
+
+def large_model() -> Any:
+    """A random model in the shape of Qwen2-0.5B. Its 494 million weights come from a pool of 5 million numbers: drawing
+    all of them, and what the constructor would draw before, would take most of the time of the test."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    sizes: dict[str, Any] = {
+        "vocab_size": 151936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32768,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        "tie_word_embeddings": True,
+    }
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM(Qwen2Config(**sizes)).to(torch.bfloat16)
+    # A prime length, so that no two rows of a matrix are the same.
+    pool = torch.randn(5_000_011, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    state = {}
+    for i, (name, weight) in enumerate(model.named_parameters()):
+        noise = pool.roll(1000 * i).repeat(-(-weight.numel() // len(pool)))[: weight.numel()].view(weight.shape)
+        if name.endswith("norm.weight"):
+            state[name] = 1 + 0.25 * noise
+        else:
+            state[name] = noise * (0.5 if name.endswith("bias") else weight.shape[-1] ** -0.5)
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    with torch.device("cpu"):
+        # Buffers are computed, not stored; only a model that was not made on "meta" has them.
+        small = Qwen2ForCausalLM(Qwen2Config(**{**sizes, "num_hidden_layers": 1, "vocab_size": 8}))
+    model.model.rotary_emb = small.model.rotary_emb
+    model.load_state_dict(state, assign=True)
+    model.tie_weights()
+    return model.eval()
+
 
 _MEASURE = """
 import json, sys
@@ -205,7 +238,8 @@ print(peak * 1024)
 def large(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Folders with one file and with three shards; tokens, transformers' logits, f64 logits."""
     folder = tmp_path_factory.mktemp("large")
-    model = make_checkpoint(folder / "single", dtype="bf16", **LARGE)
+    model = large_model()
+    model.save_pretrained(folder / "single", max_shard_size="2GB")
     model.save_pretrained(folder / "shards", max_shard_size="400MB")
     tokens = some_tokens(151936, 6)
     expected = theirs(model, tokens)

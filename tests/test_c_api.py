@@ -1,0 +1,274 @@
+"""The Qwen2 engine as a C program sees it: the functions of llaisys.h called one by one, and the C example."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llaisys import Qwen2, _lib
+from llaisys.checkpoint import Checkpoint
+from llaisys.dtypes import DataType
+from llaisys.export import export
+from llaisys.models.native import NativeModel
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "generate.c"
+CONFIG = Checkpoint.open("tiny").config
+INVALID, SHAPE, DTYPE, INDEX, HANDLE, STATE = -1, -2, -3, -6, -7, -8
+
+
+class Model:
+    """A model made and used through the C functions only."""
+
+    def __init__(self, **changes: Any) -> None:
+        self.lib = _lib.library()
+        fields = {
+            "dtype": DataType.BF16,
+            "nlayer": CONFIG.num_hidden_layers,
+            "hs": CONFIG.hidden_size,
+            "nh": CONFIG.num_attention_heads,
+            "nkvh": CONFIG.num_key_value_heads,
+            "dh": CONFIG.head_dim,
+            "di": CONFIG.intermediate_size,
+            "maxseq": CONFIG.max_position_embeddings,
+            "voc": CONFIG.vocab_size,
+            "epsilon": CONFIG.rms_norm_eps,
+            "theta": CONFIG.rope_theta,
+            "end_token": -1,
+        }
+        meta = _lib.LlaisysQwen2Meta(**{**fields, **changes})
+        self.handle = self.lib.llaisysQwen2ModelCreate(ctypes.byref(meta), 0, None, 0)
+
+    def load(self, name: str, array: np.ndarray[Any, Any], dtype: DataType | None = None) -> int:
+        array = np.ascontiguousarray(array)
+        shape = (ctypes.c_size_t * array.ndim)(*array.shape)
+        code = DataType.of_numpy(array.dtype) if dtype is None else dtype
+        status: int = self.lib.llaisysQwen2ModelLoadTensor(
+            self.handle, name.encode(), array.ctypes.data, shape, array.ndim, code
+        )
+        return status
+
+    def load_all(self, but: str = "") -> None:
+        for name, array in Checkpoint.open("tiny").tensors():
+            if name != but:
+                assert self.load(name, array) == 1, name
+
+    def infer(self, tokens: list[int]) -> int:
+        array = (ctypes.c_int64 * max(len(tokens), 1))(*tokens)
+        token: int = self.lib.llaisysQwen2ModelInfer(self.handle, array, len(tokens))
+        return token
+
+    @property
+    def computed(self) -> int:
+        count: int = self.lib.llaisysQwen2ModelTokensComputed(self.handle)
+        return count
+
+    def destroy(self) -> int:
+        status: int = self.lib.llaisysQwen2ModelDestroy(self.handle)
+        return status
+
+
+@pytest.fixture
+def model() -> Iterator[Model]:
+    model = Model()
+    yield model
+    model.destroy()
+
+
+def fresh_answer(tokens: list[int]) -> int:
+    model = Model()
+    model.load_all()
+    token = model.infer(tokens)
+    assert model.destroy() == 0
+    return token
+
+
+def test_infer_computes_only_what_is_new(model: Model) -> None:
+    """Growing, repeated, shortened and unrelated sequences give the tokens of a fresh model."""
+    model.load_all()
+    tokens = [315, 285, 690, 265, 1294]
+    computed = 0
+    for _ in range(4):  # growing: the prompt once, then one token at a time
+        token = model.infer(tokens)
+        assert token == fresh_answer(tokens)
+        assert model.computed - computed == (len(tokens) if computed == 0 else 1)
+        computed = model.computed
+        tokens.append(token)
+    cases = {
+        "as it was": (tokens[:-1], 1),  # the last token's logits were not kept
+        "repeated": (tokens[:-1], 1),
+        "shortened": (tokens[:3], 1),
+        "another end": ([*tokens[:3], 99, 98], 2),
+        "unrelated": ([7, 8, 9], 3),
+        "one token": ([7], 1),
+    }
+    for title, (sequence, expected) in cases.items():
+        assert model.infer(sequence) == fresh_answer(sequence), title
+        assert model.computed - computed == expected, title
+        computed = model.computed
+    assert model.lib.llaisysQwen2ModelReset(model.handle) == 0
+    assert model.infer([7, 8, 9]) == fresh_answer([7, 8, 9])
+    assert model.computed - computed == 3
+
+
+def test_infer_is_the_greedy_generate_of_python(model: Model) -> None:
+    model.load_all()
+    tokens = [315, 285, 690]
+    expected = Qwen2("tiny").generate(tokens, max_new_tokens=20, top_k=1, eos_token_id=[])
+    while len(tokens) < len(expected):
+        tokens.append(model.infer(tokens))
+    assert tokens == expected
+
+
+def test_infer_refuses(model: Model) -> None:
+    missing = "model.layers.1.mlp.up_proj.weight"
+    model.load_all(but=missing)
+    assert model.infer([1]) == STATE and missing in _lib.last_error()
+    for name, array in Checkpoint.open("tiny").tensors():
+        if name == missing:
+            assert model.load(name, array) == 1
+    good = model.infer([1, 2, 3])
+    assert model.infer([]) == INVALID
+    assert model.infer([1, CONFIG.vocab_size]) == INDEX and str(CONFIG.vocab_size) in _lib.last_error()
+    assert model.infer([1, -1]) == INDEX
+    assert model.infer([1] * (CONFIG.max_position_embeddings + 1)) == INVALID
+    assert model.infer([1, 2, 3]) == good, "an error must leave nothing behind"
+
+
+def test_load_refuses(model: Model) -> None:
+    hidden = CONFIG.hidden_size
+    norm = np.ones(hidden, np.float32)
+    assert model.load("model.rotary.weight", norm) == 0
+    assert model.load("model.norm.weight", norm[:-1]) == SHAPE and "model.norm.weight" in _lib.last_error()
+    assert model.load("model.norm.weight", norm[None]) == SHAPE
+    assert model.load("model.norm.weight", norm, DataType.F64) == DTYPE
+    assert model.load("model.norm.weight", norm) == 1
+    assert model.load("model.norm.weight", norm) == STATE, "doubles are refused"
+    assert model.lib.llaisysQwen2ModelSetAttentionBias(model.handle, 0) == STATE, "too late"
+
+
+def test_create_refuses() -> None:
+    for changes, field in [
+        ({"dtype": DataType.F64}, "dtype"),
+        ({"nkvh": 4}, "nkvh"),
+        ({"dh": 47}, "dh"),
+        ({"hs": 0}, "hs"),
+        ({"voc": 1 << 60}, "voc"),
+        ({"nlayer": 1 << 40}, "nlayer"),
+        ({"theta": 0.0}, "theta"),
+        ({"theta": float("inf")}, "theta"),
+        ({"epsilon": float("nan")}, "epsilon"),
+    ]:
+        model = Model(**changes)
+        assert not model.handle, field
+        assert field in _lib.last_error()
+
+
+def test_handles_are_validated(model: Model) -> None:
+    lib = model.lib
+    other = Model()
+    session = lib.llaisysQwen2SessionCreate(other.handle)
+    assert session
+    assert other.destroy() == 0
+    assert other.destroy() == HANDLE, "freed twice"
+    assert lib.llaisysQwen2ModelReset(other.handle) == HANDLE
+    assert lib.llaisysQwen2SessionLength(session) == 0, "a session outlives the model's handle"
+    assert lib.llaisysQwen2SessionDestroy(session) == 0
+    assert lib.llaisysQwen2SessionLength(session) == HANDLE
+    assert lib.llaisysQwen2SessionLength(model.handle) == HANDLE, "a handle of another kind"
+    for foreign in (None, 1, 2, 0xDEADBEEF, ctypes.addressof(ctypes.c_int64())):
+        assert lib.llaisysQwen2ModelReset(foreign) == HANDLE
+        assert lib.llaisysQwen2SessionDestroy(foreign) == HANDLE
+    assert lib.llaisysQwen2ModelReset(model.handle) == 0
+
+
+def test_biases_can_be_left_out() -> None:
+    """Without biases the engine computes what biases of zero give."""
+    model, zeros = Model(), Model()
+    assert model.lib.llaisysQwen2ModelSetAttentionBias(model.handle, 0) == 0
+    for name, array in Checkpoint.open("tiny").tensors():
+        if name.endswith("_proj.bias"):
+            assert model.load(name, array) == STATE
+            assert zeros.load(name, np.zeros_like(array)) == 1
+        else:
+            assert model.load(name, array) == 1 and zeros.load(name, array) == 1
+    assert model.infer([1, 2, 3]) == zeros.infer([1, 2, 3]) >= 0
+    assert model.destroy() == zeros.destroy() == 0
+
+
+def test_the_python_backend_goes_through_this_api() -> None:
+    with Qwen2("tiny") as model:
+        assert isinstance(model._backend, NativeModel)
+        before = model.tokens_computed
+        model.generate([1, 2, 3], max_new_tokens=2, eos_token_id=[])
+        assert model.tokens_computed - before == 4
+
+
+# ------------------------------------------------------------- the C example
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The compiled example with the embedded model's weights beside it."""
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler on this machine")
+    folder = tmp_path_factory.mktemp("example")
+    export("tiny", folder / "tiny.bin")
+    flags = subprocess.run(
+        [sys.executable, "-m", "llaisys", "--cflags", "--libs"], capture_output=True, text=True, check=True
+    ).stdout.split()
+    strict = ["-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-O1", "-g"]
+    subprocess.run([compiler, *strict, str(EXAMPLE), *flags, "-o", str(folder / "generate")], check=True)
+    return folder
+
+
+def run_example(folder: Path, *args: str, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*prefix, str(folder / "generate"), *args], cwd=folder, capture_output=True, text=True)
+
+
+def test_the_example_prints_the_tokens_of_python(example: Path) -> None:
+    prompt = Qwen2("tiny").tokenizer.encode("def fibonacci(n):")
+    ends = next(iter(CONFIG.eos_token_ids), -1)
+    expected = Qwen2("tiny").generate(prompt, max_new_tokens=48, top_k=1, eos_token_id=[ends] if ends >= 0 else [])
+    done = run_example(example, "tiny.bin", "48", *map(str, prompt))
+    assert done.returncode == 0, done.stderr
+    assert [int(token) for token in done.stdout.split()] == expected[len(prompt) :]
+
+
+def test_the_example_under_valgrind(example: Path) -> None:
+    valgrind = shutil.which("valgrind")
+    if valgrind is None:
+        pytest.skip("no valgrind on this machine")
+    options = ("--error-exitcode=99", "--leak-check=full", "--errors-for-leak-kinds=definite", "-q")
+    done = run_example(example, "tiny.bin", "3", "315", "285", "690", prefix=(valgrind, *options))
+    assert done.returncode == 0, done.stderr[-3000:]
+    plain = run_example(example, "tiny.bin", "3", "315", "285", "690")
+    # valgrind knows no AVX-512, so it may run a lower tier: as many tokens, not always the same.
+    assert len(done.stdout.split()) == len(plain.stdout.split()) == 3
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (("tiny.bin", "4", "99999999"), "token_ids"),
+        (("cut.bin", "4", "1"), "truncated"),
+        (("other.bin", "4", "1"), "not a file of llaisys.export"),
+        (("none.bin", "4", "1"), "can not open"),
+        (("tiny.bin",), "usage"),
+    ],
+)
+def test_the_example_says_what_is_wrong(example: Path, args: tuple[str, ...], text: str) -> None:
+    whole = (example / "tiny.bin").read_bytes()
+    (example / "cut.bin").write_bytes(whole[: len(whole) // 2])
+    (example / "other.bin").write_bytes(b"GGUF" + bytes(200))
+    done = run_example(example, *args)
+    assert done.returncode == 1 and text in done.stderr
