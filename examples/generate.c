@@ -47,7 +47,8 @@ static int read_meta(FILE *file, LlaisysQwen2Meta *meta, uint64_t *tensors) {
     return 1;
 }
 
-/* One tensor: name, dtype, shape and data. Returns the status of the library, or 0 if the file is not as it should be. */
+/* One tensor: name, dtype, shape and data. Returns the status of the library, or 0 if the file is not as it should be.
+ */
 static int32_t load_tensor(FILE *file, LlaisysQwen2Model *model) {
     uint64_t name_bytes, dtype, ndim, shape[LLAISYS_MAX_DIMS], data_bytes;
     char name[256];

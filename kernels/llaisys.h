@@ -11,8 +11,8 @@
  * Threads. Every function may be called from any thread. Two threads may use one model at once if each has a session of
  * its own; calls on one session must not overlap (one that does is refused with LLAISYS_ERROR_STATE).
  *
- * Results. For one instruction set the bits of a result depend on the inputs only: neither on the number of threads, nor
- * on how many rows are computed together, nor on how a prompt was split.
+ * Results. For one instruction set the bits of a result depend on the inputs only: neither on the number of threads,
+ * nor on how many rows are computed together, nor on how a prompt was split.
  */
 #ifndef LLAISYS_H
 #define LLAISYS_H
@@ -80,8 +80,8 @@ LLAISYS_API int32_t llaisysHasIsa(const char *name);
 LLAISYS_API int32_t llaisysSetNumThreads(int32_t count);
 LLAISYS_API int32_t llaisysNumThreads(void);
 
-/* Called by long calls of this thread, on this thread, about every 50 ms; anything but 0 ends the call with INTERRUPTED.
- * NULL removes it. */
+/* Called by long calls of this thread, on this thread, about every 50 ms; anything but 0 ends the call with
+ * INTERRUPTED. NULL removes it. */
 typedef int32_t (*LlaisysInterrupt)(void *user);
 LLAISYS_API int32_t llaisysSetInterrupt(LlaisysInterrupt callback, void *user);
 
@@ -136,8 +136,8 @@ typedef struct LlaisysTensor {
 /* out[...] = r(a + b). out may be a or b. */
 LLAISYS_API int32_t llaisysAdd(LlaisysTensor *out, const LlaisysTensor *a, const LlaisysTensor *b);
 
-/* index[...] (I64) and value[...] of the largest x[..., V] along the last axis: the lowest index among equals; the first
- * NaN wins. V must not be 0. For a one-dimensional x, index and value have shape [] or [1]. */
+/* index[...] (I64) and value[...] of the largest x[..., V] along the last axis: the lowest index among equals; the
+ * first NaN wins. V must not be 0. For a one-dimensional x, index and value have shape [] or [1]. */
 LLAISYS_API int32_t llaisysArgmax(LlaisysTensor *index, LlaisysTensor *value, const LlaisysTensor *x);
 
 /* out[T, E] = weight[index[T], :]; weight is [V, E], index I64. INDEX if one is outside [0, V). */
@@ -161,8 +161,9 @@ LLAISYS_API int32_t llaisysAddRmsNorm(LlaisysTensor *out, LlaisysTensor *sum, co
  * other: out = (a cos - b sin, b cos + a sin), angle = pos theta^(-2i/D). out may be x. */
 LLAISYS_API int32_t llaisysRope(LlaisysTensor *out, const LlaisysTensor *x, const LlaisysTensor *pos_ids, float theta);
 
-/* out[T, H, D] = softmax(scale q k^T + causal mask) v with q[T, H, D], k[S, K, D], v[S, K, D], S >= T, H a multiple of K.
- * Query t sees the keys 0 ... S - T + t (mask aligned bottom-right); query head h reads key/value head h / (H / K). */
+/* out[T, H, D] = softmax(scale q k^T + causal mask) v with q[T, H, D], k[S, K, D], v[S, K, D], S >= T, H a multiple of
+ * K. Query t sees the keys 0 ... S - T + t (mask aligned bottom-right); query head h reads key/value head h / (H / K).
+ */
 LLAISYS_API int32_t llaisysSelfAttention(LlaisysTensor *out, const LlaisysTensor *q, const LlaisysTensor *k,
                                          const LlaisysTensor *v, float scale);
 
@@ -179,11 +180,11 @@ typedef struct LlaisysQwen2Model LlaisysQwen2Model;
 typedef struct LlaisysQwen2Session LlaisysQwen2Session;
 
 typedef struct LlaisysQwen2Meta {
-    LlaisysDataType dtype;                              /* storage of weights, activations and KV cache */
-    size_t nlayer, hs, nh, nkvh, dh, di, maxseq, voc;   /* layers, hidden, heads, kv heads, head dim, intermediate, most
-                                                           tokens of a sequence, vocabulary */
-    float epsilon, theta;                               /* of rms_norm, of rope */
-    int64_t end_token;                                  /* not used by the engine; for the caller */
+    LlaisysDataType dtype;                            /* storage of weights, activations and KV cache */
+    size_t nlayer, hs, nh, nkvh, dh, di, maxseq, voc; /* layers, hidden, heads, kv heads, head dim, intermediate, most
+                                                         tokens of a sequence, vocabulary */
+    float epsilon, theta;                             /* of rms_norm, of rope */
+    int64_t end_token;                                /* not used by the engine; for the caller */
 } LlaisysQwen2Meta;
 
 /* A model without weights. device must be LLAISYS_DEVICE_CPU; device_ids may be NULL. */
@@ -193,9 +194,9 @@ LLAISYS_API LlaisysQwen2Model *llaisysQwen2ModelCreate(const LlaisysQwen2Meta *m
 LLAISYS_API int32_t llaisysQwen2ModelDestroy(LlaisysQwen2Model *model);
 
 /* Copies one tensor, by its checkpoint name ("model.layers.0.self_attn.q_proj.weight"), converting among F32, F16 and
- * BF16. 1: taken. 0: the model knows no such name. Negative: SHAPE, DTYPE, or STATE if it was loaded before or the model
- * has run. Without "lm_head.weight" the head is tied to the embedding. Without any of the q/k/v biases of a layer that
- * layer has none, but only after llaisysQwen2ModelSetAttentionBias(model, 0). Different threads may load different
+ * BF16. 1: taken. 0: the model knows no such name. Negative: SHAPE, DTYPE, or STATE if it was loaded before or the
+ * model has run. Without "lm_head.weight" the head is tied to the embedding. Without any of the q/k/v biases of a layer
+ * that layer has none, but only after llaisysQwen2ModelSetAttentionBias(model, 0). Different threads may load different
  * tensors of one model at the same time. */
 LLAISYS_API int32_t llaisysQwen2ModelLoadTensor(LlaisysQwen2Model *model, const char *name, const void *data,
                                                 const size_t *shape, size_t ndim, LlaisysDataType dtype);
@@ -222,9 +223,9 @@ LLAISYS_API int64_t llaisysQwen2SessionLength(LlaisysQwen2Session *session);
 /* Drops all but the first `length` tokens, and gives memory back that is no longer used. */
 LLAISYS_API int32_t llaisysQwen2SessionTruncate(LlaisysQwen2Session *session, size_t length);
 
-/* What a tap sees of one node: an operator call of the forward pass, after it ran. The tensors are valid during the call
- * only; `args` are in the order of the operator's C function (NULL for an absent bias), `scalars` likewise. A tap may
- * write to the outputs: the pass goes on with what it wrote. */
+/* What a tap sees of one node: an operator call of the forward pass, after it ran. The tensors are valid during the
+ * call only; `args` are in the order of the operator's C function (NULL for an absent bias), `scalars` likewise. A tap
+ * may write to the outputs: the pass goes on with what it wrote. */
 typedef struct LlaisysNode {
     const char *site; /* after transformers' module paths: "model.layers.3.self_attn.q_proj" */
     const char *op;   /* "linear" */

@@ -150,7 +150,9 @@ def _root(
     show_traceback: Annotated[
         bool, typer.Option("--traceback", help="Show where an error comes from.", envvar="LLAISYS_DEBUG")
     ] = False,
-    cflags: Annotated[bool, typer.Option("--cflags", help="Print a C compiler's flags for llaisys.h and exit.")] = False,
+    cflags: Annotated[
+        bool, typer.Option("--cflags", help="Print a C compiler's flags for llaisys.h and exit.")
+    ] = False,
     libs: Annotated[bool, typer.Option("--libs", help="Print a C compiler's flags to link and exit.")] = False,
 ) -> None:
     _Options.traceback = show_traceback

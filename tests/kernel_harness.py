@@ -1,8 +1,8 @@
 """Runs kernels through the C ABI on memory that the tests lay out themselves, and judges what they did.
 
-`run` makes one call of an operator: the tensors lie as a `Layout` says, the outputs are filled with a poison before, and
-afterwards not one byte may have changed but the elements of the outputs. `judge` compares results with the f64 oracle
-and with the numpy twin. Failures are AssertionErrors that name operator, dtype, tier, case and layout.
+`run` makes one call of an operator: the tensors lie in memory as a layout says, the outputs are filled with a poison
+before, and afterwards not one byte may have changed but the elements of the outputs. `judge` compares results with the
+f64 oracle and with the numpy twin. Failures are AssertionErrors that name operator, dtype, tier, case and layout.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ THREADS = (1, 2, 3, 8)
 #: Every byte of an output before a call: NaN in all floating types, and what is no NaN in any.
 POISONS = (0xFF, 0x5A)
 PAGE = mmap.PAGESIZE
+PROT_NONE = 0
 
 
 # ------------------------------------------------------------------- settings
@@ -75,7 +76,7 @@ class Guarded:
         pages = np.frombuffer(mmap.mmap(-1, inner + 2 * PAGE), np.uint8)
         address = address_of(pages)
         for guard in (address, address + PAGE + inner):
-            if self.mprotect(guard, PAGE, mmap.PROT_NONE if hasattr(mmap, "PROT_NONE") else 0):
+            if self.mprotect(guard, PAGE, PROT_NONE):
                 raise OSError(ctypes.get_errno(), "mprotect")
         first = PAGE if self.at_start else PAGE + inner - count
         return pages[first : first + count]
@@ -87,7 +88,7 @@ def address_of(x: Array) -> int:
 
 
 #: How tensors lie in memory. packed: row-major, nothing between. padded: gaps behind the rows of every axis. reversed:
-#: padded, leading axes with negative strides. swapped: the leading axes in the opposite order. odd: padded, one byte off.
+#: padded, leading axes with negative strides. swapped: leading axes in the opposite order. odd: padded, one byte off.
 LAYOUTS = ("packed", "padded", "reversed", "swapped", "odd")
 GAP = 3
 
@@ -174,7 +175,6 @@ def run(
         if arg.name in in_place:
             placed[arg.name] = placed[in_place[arg.name]]
         else:
-            # A buffer of this kind may be small, so that its elements are all that the template is asked for.
             placed[arg.name] = place(np.broadcast_to(np.zeros((), dtype), shape), arg, layout, allocate, poison)
     status, text = invoke(spec, {**values, **{name: view for name, (view, _) in placed.items()}})
     assert status == "OK", f"{where}: {status}: {text}"

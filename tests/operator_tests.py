@@ -1,4 +1,4 @@
-"""What every operator is tested for, made from its SPEC: `class TestAdd(OperatorTests)` with the name is all it takes."""
+"""What every operator is tested for, made from its SPEC: deriving from OperatorTests is enough."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ class OperatorTests:
                         assert all(map(same_bits, outputs, apart)), where
 
     def test_column_ranges_of_one_buffer(self, dtype: str) -> None:
-        """An output beside an input in the rows of one buffer, as the parts of a fused q/k/v are: accepted, same bits."""
+        """An output beside an input in the rows of one buffer, as the parts of a fused q/k/v are: accepted."""
         spec = self.spec
         for case in cases(self.name, dtype):
             apart = dict(zip([a.name for a in spec.outputs], run(spec, case.values, self.where(dtype)), strict=True))

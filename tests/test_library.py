@@ -74,9 +74,7 @@ def test_the_header_declares_nothing_else_than_python_knows() -> None:
         assert function.restype is kind.get(result, ctypes.c_void_p), line
 
 
-@pytest.mark.parametrize(
-    "flags", [("gcc", "-std=c11"), ("g++", "-xc++", "-std=c++11"), ("g++", "-xc++", "-std=c++20")]
-)
+@pytest.mark.parametrize("flags", [("gcc", "-std=c11"), ("g++", "-xc++", "-std=c++11"), ("g++", "-xc++", "-std=c++20")])
 def test_the_header_compiles(flags: tuple[str, ...], tmp_path: Path) -> None:
     """Alone, twice in a row, and without a warning."""
     source = tmp_path / "user.c"
@@ -106,7 +104,8 @@ int main(void) {
 def test_a_c_program_can_use_it(tmp_path: Path) -> None:
     source, program = tmp_path / "program.c", tmp_path / "program"
     source.write_text(PROGRAM)
-    output(tool("gcc"), "-std=c11", f"-I{HEADER.parent}", source, library(), f"-Wl,-rpath,{library().parent}", "-o", program)
+    linked = (library(), f"-Wl,-rpath,{library().parent}")
+    output(tool("gcc"), "-std=c11", f"-I{HEADER.parent}", source, *linked, "-o", program)
     assert output(program).strip() == llaisys.__version__
 
 

@@ -1,4 +1,4 @@
-"""Write the build hash into build_info.c (for the library) and _build.py (for Python): `build_info.py VERSION OUT SOURCE`.
+"""Write the build hash into build_info.c and _build.py: `build_info.py VERSION OUT SOURCE`.
 
 The hash covers every file under kernels/ and meson.build. Files are only rewritten when it changes, so that a build
 that changed nothing stays one.

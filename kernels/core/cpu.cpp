@@ -131,8 +131,7 @@ const char *llaisysIsa(void) {
 int32_t llaisysHasIsa(const char *name) {
     const int tier = llaisys::tier_by_name(name);
     if (tier < 0)
-        return llaisys::set_error("has_isa", LLAISYS_ERROR_INVALID_ARGUMENT,
-                                  "expected scalar, avx2, avx512 or amx");
+        return llaisys::set_error("has_isa", LLAISYS_ERROR_INVALID_ARGUMENT, "expected scalar, avx2, avx512 or amx");
     return tier <= llaisys::best_tier();
 }
 }

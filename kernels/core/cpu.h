@@ -13,6 +13,7 @@ Tier active_tier();
 // One kernel in every tier it was compiled for; nullptr where it was not.
 template <class Fn>
 struct Kernel {
+    constexpr Kernel(Fn *scalar, Fn *avx2, Fn *avx512, Fn *amx) : tier{scalar, avx2, avx512, amx} {}
     Fn *tier[TIERS];
     // The kernel of the active tier, or of the best one below it.
     Fn *get() const {
@@ -31,13 +32,13 @@ struct Kernel {
 #define LLAISYS_KERNEL(name, Fn)                                                                                       \
     namespace avx2 { Fn name; }                                                                                        \
     namespace avx512 { Fn name; }                                                                                      \
-    static constexpr Kernel<Fn> name##_kernel{{scalar::name, avx2::name, avx512::name, nullptr}}
+    static constexpr Kernel<Fn> name##_kernel(scalar::name, avx2::name, avx512::name, nullptr)
 #define LLAISYS_KERNEL_AMX(name, Fn)                                                                                   \
     namespace avx2 { Fn name; }                                                                                        \
     namespace avx512 { Fn name; }                                                                                      \
     namespace amx { Fn name; }                                                                                         \
-    static constexpr Kernel<Fn> name##_kernel{{scalar::name, avx2::name, avx512::name, amx::name}}
+    static constexpr Kernel<Fn> name##_kernel(scalar::name, avx2::name, avx512::name, amx::name)
 #else
-#define LLAISYS_KERNEL(name, Fn) static constexpr Kernel<Fn> name##_kernel{{scalar::name}}
+#define LLAISYS_KERNEL(name, Fn) static constexpr Kernel<Fn> name##_kernel(scalar::name, nullptr, nullptr, nullptr)
 #define LLAISYS_KERNEL_AMX(name, Fn) LLAISYS_KERNEL(name, Fn)
 #endif

@@ -1,5 +1,5 @@
-// Opaque handles. What C holds is no pointer but the number of a slot and the slot's generation, so that a handle that was
-// freed, or that never was one, is an error and not a crash.
+// Opaque handles. What C holds is no pointer but the number of a slot and the slot's generation, so that a handle that
+// was freed, or that never was one, is an error and not a crash.
 #pragma once
 
 #include "status.h"

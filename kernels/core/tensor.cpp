@@ -8,7 +8,7 @@
 namespace llaisys {
 
 const char *dtype_name(int32_t dtype) {
-    static const char *const names[] = {"invalid", "byte", "bool", "i8",  "i16", "i32", "i64", "u8",  "u16", "u32",
+    static const char *const names[] = {"invalid", "byte", "bool", "i8",  "i16", "i32", "i64", "u8",  "u16",  "u32",
                                         "u64",     "f8",   "f16",  "f32", "f64", "c16", "c32", "c64", "c128", "bf16"};
     return dtype >= 0 && dtype < 20 ? names[dtype] : "unknown";
 }
@@ -49,9 +49,8 @@ void check_view(const Argument &argument) {
     if (empty) return;
     for (int32_t i = 0; i < t->ndim; ++i) {
         int64_t span = 0;
-        if (__builtin_mul_overflow(count, t->shape[i], &count) ||
-            __builtin_mul_overflow(count, size, &span) || t->strides[i] == INT64_MIN ||
-            __builtin_mul_overflow(t->shape[i] - 1, std::abs(t->strides[i]), &span) ||
+        if (__builtin_mul_overflow(count, t->shape[i], &count) || __builtin_mul_overflow(count, size, &span) ||
+            t->strides[i] == INT64_MIN || __builtin_mul_overflow(t->shape[i] - 1, std::abs(t->strides[i]), &span) ||
             __builtin_mul_overflow(span, size, &span) || __builtin_add_overflow(reach, span, &reach))
             fail(LLAISYS_ERROR_SHAPE, "%s: shape %s with its strides is larger than the address space", name,
                  shape_text(*t).c_str());
@@ -152,8 +151,8 @@ bool same_view(const LlaisysTensor &a, const LlaisysTensor &b) {
     return true;
 }
 
-// Two column ranges of one matrix (the q and k parts of a fused qkv, say) have overlapping extents but share no element:
-// all leading strides of both are multiples of a common row, and within a row the byte ranges are disjoint.
+// Two column ranges of one matrix (the q and k parts of a fused qkv, say) have overlapping extents but share no
+// element: all leading strides of both are multiples of a common row, and within a row the byte ranges are disjoint.
 bool interleaved(const LlaisysTensor &a, const LlaisysTensor &b) {
     int64_t row = 0, width_a = dtype_size(a.dtype), width_b = dtype_size(b.dtype);
     const auto outermost = [&row](const LlaisysTensor &t) {
@@ -185,8 +184,8 @@ bool overlap(const LlaisysTensor &a, const LlaisysTensor &b) {
     return x.begin < y.end && y.begin < x.end && !interleaved(a, b);
 }
 
-// Whether two different indices can reach one element: with the axes ordered by stride, each must step over all that lies
-// within it. Layouts that pass by a finer argument (strides 2 and 3, say) are refused: no user has made one yet.
+// Whether two different indices can reach one element: with the axes ordered by stride, each must step over all that
+// lies within it. Layouts that pass by a finer argument (strides 2 and 3, say) are refused: no user has made one yet.
 bool overlaps_itself(const LlaisysTensor &t) {
     if (numel(t) == 0 || contiguous(t)) return false;
     struct Axis {
@@ -215,7 +214,8 @@ void check_output(const Argument &output, std::initializer_list<Argument> inputs
         if (!in.tensor || !overlap(out, *in.tensor)) continue;
         const bool allowed = std::any_of(may_alias.begin(), may_alias.end(),
                                          [&](const char *name) { return std::strcmp(name, in.name) == 0; });
-        if (!allowed) fail(LLAISYS_ERROR_ALIAS, "%s: shares memory with %s, which is not allowed", output.name, in.name);
+        if (!allowed)
+            fail(LLAISYS_ERROR_ALIAS, "%s: shares memory with %s, which is not allowed", output.name, in.name);
         if (!same_view(out, *in.tensor))
             fail(LLAISYS_ERROR_ALIAS, "%s: overlaps %s without being the same view", output.name, in.name);
     }

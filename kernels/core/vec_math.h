@@ -20,8 +20,8 @@ static inline Vec round_to(Vec x) {
     return load(part);
 }
 
-// e^x to about 1 ulp, for all x: infinity above 88.7, 0 below -104, NaN for NaN. Cody and Waite's reduction by multiples
-// of ln 2 = C1 + C2 and a polynomial of degree 7 (coefficients of Cephes' expf).
+// e^x to about 1 ulp, for all x: infinity above 88.7, 0 below -104, NaN for NaN. Cody and Waite's reduction by
+// multiples of ln 2 = C1 + C2 and a polynomial of degree 7 (coefficients of Cephes' expf).
 static inline Vec exp(Vec x) {
     // NaN passes as the second operand. At -105 the result has rounded to 0, at 89 it has overflowed.
     x = min(set1(89.0f), max(set1(-105.0f), x));

@@ -101,8 +101,8 @@ Model::Model(const LlaisysQwen2Meta &m) : meta(checked(m)), layers(m.nlayer) {
 
 void Model::declare(const std::string &name, Weight &weight, std::initializer_list<size_t> shape) {
     weight.tensor = shape.size() == 1
-                        ? view(nullptr, meta.dtype, {int64_t(*shape.begin())})
-                        : view(nullptr, meta.dtype, {int64_t(shape.begin()[0]), int64_t(shape.begin()[1])});
+        ? view(nullptr, meta.dtype, {int64_t(*shape.begin())})
+        : view(nullptr, meta.dtype, {int64_t(shape.begin()[0]), int64_t(shape.begin()[1])});
     weights_.emplace(name, &weight);
 }
 
@@ -207,7 +207,8 @@ void Session::truncate(int64_t length) {
 void Session::grow(int64_t length) {
     if (length <= capacity_) return;
     // Room is address space until it is written to, so a step of a factor costs nothing.
-    const int64_t wanted = std::min<int64_t>(std::max<int64_t>({length, 2 * capacity_, 1024}), int64_t(model_.meta.maxseq));
+    const int64_t wanted =
+        std::min<int64_t>(std::max<int64_t>({length, 2 * capacity_, 1024}), int64_t(model_.meta.maxseq));
     const size_t row = model_.meta.nkvh * model_.meta.dh * size_t(dtype_size(model_.meta.dtype));
     for (Cache &cache : caches_) {
         cache.k.reserve(size_t(wanted) * row);
@@ -225,8 +226,7 @@ LlaisysTensor Session::buffer(Buffer i, std::initializer_list<int64_t> shape) {
 
 LlaisysTensor Session::cached(const Memory &memory, int64_t begin, int64_t end) const {
     const auto &m = model_.meta;
-    const LlaisysTensor all =
-        view(memory.data(), m.dtype, {capacity_, int64_t(m.nkvh), int64_t(m.dh)});
+    const LlaisysTensor all = view(memory.data(), m.dtype, {capacity_, int64_t(m.nkvh), int64_t(m.dh)});
     return rows(all, begin, end);
 }
 
@@ -238,8 +238,8 @@ void Session::node(int32_t status, int64_t layer, const char *name, const char *
     if (status != LLAISYS_OK) fail(status, "%s: %s", site().c_str(), llaisysLastError());
     if (!tap_) return;
     const std::string path = site();
-    const LlaisysNode n{path.c_str(),         op,           position,      int32_t(args.size()),
-                        int32_t(scalars.size()), args.begin(), scalars.begin()};
+    const LlaisysNode n{path.c_str(),   op, position, int32_t(args.size()), int32_t(scalars.size()), args.begin(),
+                        scalars.begin()};
     if (tap_(&n, tap_user_) != 0) fail(LLAISYS_ERROR_INTERRUPTED, "%s: ended by the tap", path.c_str());
 }
 

@@ -74,8 +74,8 @@ private:
     struct Cache {
         Memory k, v;
     };
-    // What the graph computes of one chunk of tokens: each result has a buffer of its own, so that a tap finds the inputs
-    // of a node as the node found them.
+    // What the graph computes of one chunk of tokens: each result has a buffer of its own, so that a tap finds the
+    // inputs of a node as the node found them.
     enum Buffer : size_t { H0, H1, X, Q, K, ATTN, O, GATE, UP, ACT, DOWN, LOGITS, BUFFERS };
 
     void grow(int64_t length);

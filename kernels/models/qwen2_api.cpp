@@ -72,8 +72,8 @@ int32_t llaisysQwen2ModelDestroy(LlaisysQwen2Model *model) {
 int32_t llaisysQwen2ModelLoadTensor(LlaisysQwen2Model *model, const char *name, const void *data, const size_t *shape,
                                     size_t ndim, LlaisysDataType dtype) {
     bool taken = false;
-    const int32_t status = guarded("Qwen2ModelLoadTensor",
-                                   [&] { taken = models().get(model)->load(name, data, shape, ndim, dtype); });
+    const int32_t status =
+        guarded("Qwen2ModelLoadTensor", [&] { taken = models().get(model)->load(name, data, shape, ndim, dtype); });
     return status == LLAISYS_OK ? taken : status;
 }
 
@@ -92,8 +92,7 @@ int32_t llaisysQwen2ModelReset(LlaisysQwen2Model *model) {
 
 int64_t llaisysQwen2ModelInfer(LlaisysQwen2Model *model, int64_t *token_ids, size_t ntoken) {
     int64_t token = 0;
-    const int32_t status =
-        guarded("Qwen2ModelInfer", [&] { token = infer(*models().get(model), token_ids, ntoken); });
+    const int32_t status = guarded("Qwen2ModelInfer", [&] { token = infer(*models().get(model), token_ids, ntoken); });
     return status == LLAISYS_OK ? token : status;
 }
 
@@ -106,8 +105,8 @@ int64_t llaisysQwen2ModelTokensComputed(LlaisysQwen2Model *model) {
 LlaisysQwen2Session *llaisysQwen2SessionCreate(LlaisysQwen2Model *model) {
     LlaisysQwen2Session *handle = nullptr;
     guarded("Qwen2SessionCreate", [&] {
-        handle = reinterpret_cast<LlaisysQwen2Session *>(
-            sessions().add(std::make_shared<OpenSession>(models().get(model))));
+        handle =
+            reinterpret_cast<LlaisysQwen2Session *>(sessions().add(std::make_shared<OpenSession>(models().get(model))));
     });
     return handle;
 }
@@ -116,8 +115,8 @@ int32_t llaisysQwen2SessionDestroy(LlaisysQwen2Session *session) {
     return guarded("Qwen2SessionDestroy", [&] { sessions().remove(session); });
 }
 
-int32_t llaisysQwen2SessionForward(LlaisysQwen2Session *session, const int64_t *token_ids, size_t ntoken,
-                                   float *logits, size_t nlogits) {
+int32_t llaisysQwen2SessionForward(LlaisysQwen2Session *session, const int64_t *token_ids, size_t ntoken, float *logits,
+                                   size_t nlogits) {
     return guarded("Qwen2SessionForward", [&] {
         const auto most = size_t(1) << 31;
         if (ntoken > most || nlogits > most)
@@ -129,15 +128,13 @@ int32_t llaisysQwen2SessionForward(LlaisysQwen2Session *session, const int64_t *
 
 int64_t llaisysQwen2SessionLength(LlaisysQwen2Session *session) {
     int64_t length = 0;
-    const int32_t status =
-        guarded("Qwen2SessionLength", [&] { length = sessions().get(session)->session.length(); });
+    const int32_t status = guarded("Qwen2SessionLength", [&] { length = sessions().get(session)->session.length(); });
     return status == LLAISYS_OK ? length : status;
 }
 
 int32_t llaisysQwen2SessionTruncate(LlaisysQwen2Session *session, size_t length) {
-    return guarded("Qwen2SessionTruncate", [&] {
-        sessions().get(session)->session.truncate(int64_t(std::min<size_t>(length, INT64_MAX)));
-    });
+    return guarded("Qwen2SessionTruncate",
+                   [&] { sessions().get(session)->session.truncate(int64_t(std::min<size_t>(length, INT64_MAX))); });
 }
 
 int32_t llaisysQwen2SessionSetTap(LlaisysQwen2Session *session, LlaisysTap tap, void *user) {

@@ -30,9 +30,7 @@ void add(const AddArgs &args, int64_t row, int64_t begin, int64_t end) {
 #include "core/cpu.h"
 #include "core/elementwise.h"
 
-namespace llaisys {
-LLAISYS_KERNEL(add, AddFn);
-}
+namespace llaisys { LLAISYS_KERNEL(add, AddFn); }
 
 int32_t llaisysAdd(LlaisysTensor *out, const LlaisysTensor *a, const LlaisysTensor *b) {
     using namespace llaisys;

@@ -67,9 +67,8 @@ int32_t llaisysEmbedding(LlaisysTensor *out, const LlaisysTensor *index, const L
         }
         if (args.row_bytes == 0) return;
         const int64_t least = std::max<int64_t>(1, 32768 / args.row_bytes);
-        parallel_for(count, grain_for(count, least), [&, kernel = embedding_kernel.get()](int64_t begin, int64_t end) {
-            kernel(args, begin, end);
-        });
+        parallel_for(count, grain_for(count, least),
+                     [&, kernel = embedding_kernel.get()](int64_t begin, int64_t end) { kernel(args, begin, end); });
     });
 }
 #endif

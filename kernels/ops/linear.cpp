@@ -7,7 +7,8 @@
 
 namespace llaisys {
 
-// Rows of x that are widened and multiplied together: 64 rows of a block of 1024 columns stay in the second-level cache.
+// Rows of x that are widened and multiplied together: 64 rows of a block of 1024 columns stay in the second-level
+// cache.
 constexpr int64_t LINEAR_ROWS = 64;
 // Most output features of one part of the work; parts are multiples of 48, and so of all tiles' widths (3, 4, 16).
 constexpr int64_t LINEAR_FEATURES = 96;
@@ -69,15 +70,13 @@ static void few_rows(const LinearArgs &args, float *sums, int64_t rows, int64_t 
         for (int64_t c = 0; c < columns; c += BLOCK) {
             const T *w[4];
             for (int j = 0; j < 4; ++j) w[j] = (const T *)row_at(args.weight, n + j) + c;
-            dot_rows<4, false>(sums + (n - begin), LINEAR_FEATURES, panel + c, panel_row, rows, w,
-                               block_of(c), c == 0);
+            dot_rows<4, false>(sums + (n - begin), LINEAR_FEATURES, panel + c, panel_row, rows, w, block_of(c), c == 0);
         }
     }
     for (; n < end; ++n) {
         for (int64_t c = 0; c < columns; c += BLOCK) {
             const T *w[1] = {(const T *)row_at(args.weight, n) + c};
-            dot_rows<1, false>(sums + (n - begin), LINEAR_FEATURES, panel + c, panel_row, rows, w,
-                               block_of(c), c == 0);
+            dot_rows<1, false>(sums + (n - begin), LINEAR_FEATURES, panel + c, panel_row, rows, w, block_of(c), c == 0);
         }
     }
 }
@@ -98,14 +97,14 @@ static void many_rows(const LinearArgs &args, float *sums, int64_t rows, int64_t
                 widen_row(wide[j], (const T *)row_at(args.weight, n + j) + c, block);
                 w[j] = wide[j];
             }
-            dot_rows<NW, true>(sums + (n - begin), LINEAR_FEATURES, panel + c, panel_row, rows, w,
-                               padded(block), c == 0);
+            dot_rows<NW, true>(sums + (n - begin), LINEAR_FEATURES, panel + c, panel_row, rows, w, padded(block),
+                               c == 0);
         }
         for (; n < end; ++n) {
             widen_row(wide[0], (const T *)row_at(args.weight, n) + c, block);
             const float *w[1] = {wide[0]};
-            dot_rows<1, true>(sums + (n - begin), LINEAR_FEATURES, panel + c, panel_row, rows, w,
-                              padded(block), c == 0);
+            dot_rows<1, true>(sums + (n - begin), LINEAR_FEATURES, panel + c, panel_row, rows, w, padded(block),
+                              c == 0);
         }
     }
 }
@@ -191,8 +190,9 @@ int32_t llaisysLinear(LlaisysTensor *out, const LlaisysTensor *x, const LlaisysT
     return guarded("linear", [&] {
         check_linear(out, x, weight, bias);
         if (numel(*out) == 0) return;
-        LinearArgs args{make_rows(*out), make_rows(*x), make_rows(*weight),
-                        bias ? static_cast<const char *>(bias->data) : nullptr, nullptr, x->dtype};
+        LinearArgs args{
+            make_rows(*out), make_rows(*x), make_rows(*weight), bias ? static_cast<const char *>(bias->data) : nullptr,
+            nullptr,         x->dtype};
         const auto kernel = linear_kernel.get();
         const auto pack = linear_pack_kernel.get();
         const int64_t total = args.x.count;
@@ -201,8 +201,7 @@ int32_t llaisysLinear(LlaisysTensor *out, const LlaisysTensor *x, const LlaisysT
         for (int64_t row = 0; row < total; row += LINEAR_ROWS) {
             const int64_t rows = std::min(total - row, LINEAR_ROWS);
             parallel_for((rows + 15) / 16, 1, [&](int64_t begin, int64_t end) { pack(args, row, rows, begin, end); });
-            parallel_for(features, part,
-                         [&](int64_t begin, int64_t end) { kernel(args, row, rows, begin, end); });
+            parallel_for(features, part, [&](int64_t begin, int64_t end) { kernel(args, row, rows, begin, end); });
         }
     });
 }

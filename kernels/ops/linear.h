@@ -1,8 +1,8 @@
 // Dot products of rows in register tiles: what linear and the scores of attention are made of.
 //
-// The order of every sum is fixed. An element is the sum over blocks of BLOCK columns, block after block; within a block
-// each lane of one accumulator takes the columns that load2 gives it, from first to last, and hsum adds the lanes. None
-// of this depends on the size of the tile, so an element has the same bits in any of them.
+// The order of every sum is fixed. An element is the sum over blocks of BLOCK columns, block after block; within a
+// block each lane of one accumulator takes the columns that load2 gives it, from first to last, and hsum adds the
+// lanes. None of this depends on the size of the tile, so an element has the same bits in any of them.
 #pragma once
 
 #include "core/tier.h"
@@ -32,8 +32,8 @@ static inline void widen_row(float *panel, const T *row, int64_t columns) {
     }
 }
 
-// out[m, n] (+)= x[m, :] . w[n, :] over one block. x is a panel of f32 rows, already in order and padded to whole vectors;
-// w is either such a panel (W = float, padded = true) or rows as they lie in memory, with `columns` elements.
+// out[m, n] (+)= x[m, :] . w[n, :] over one block. x is a panel of f32 rows, already in order and padded to whole
+// vectors; w is either such a panel (W = float, padded = true) or rows as they lie in memory, with `columns` elements.
 template <int M, int NW, bool padded, class W>
 static inline void dot_tile(float *out, int64_t out_row, const float *x, int64_t x_row, const W *const *w,
                             int64_t columns, bool first) {
@@ -75,8 +75,8 @@ static inline void dot_tile(float *out, int64_t out_row, const float *x, int64_t
 // dot_tile over `rows` rows of x, up to TILE_M at a time.
 constexpr int TILE_M = Vec::N == 16 ? 6 : 4;
 template <int NW, bool padded, class W>
-static inline void dot_rows(float *out, int64_t out_row, const float *x, int64_t x_row, int64_t rows,
-                            const W *const *w, int64_t columns, bool first) {
+static inline void dot_rows(float *out, int64_t out_row, const float *x, int64_t x_row, int64_t rows, const W *const *w,
+                            int64_t columns, bool first) {
     int64_t m = 0;
     for (; m + TILE_M <= rows; m += TILE_M)
         dot_tile<TILE_M, NW, padded>(out + m * out_row, out_row, x + m * x_row, x_row, w, columns, first);

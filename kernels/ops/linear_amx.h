@@ -1,10 +1,10 @@
 // linear in bf16 on AMX tiles.
 //
 // A tile product adds, for 16 rows of the weights and up to 16 rows of x, 32 columns to a tile of f32 sums, pair of
-// columns after pair. The weights are the first operand, read row by row as they lie in the checkpoint; x is the second,
-// packed once into pairs of columns: [block of 16 rows][pair of columns][row]. The sums stay in one tile over all columns,
-// so an element has one order of accumulation, whatever is computed beside it. The processor takes subnormal bf16 numbers
-// for zero in these products and flushes subnormal sums; the bound of the SPEC says so.
+// columns after pair. The weights are the first operand, read row by row as they lie in the checkpoint; x is the
+// second, packed once into pairs of columns: [block of 16 rows][pair of columns][row]. The sums stay in one tile over
+// all columns, so an element has one order of accumulation, whatever is computed beside it. The processor takes
+// subnormal bf16 numbers for zero in these products and flushes subnormal sums; the bound of the SPEC says so.
 #pragma once
 
 #include "core/tier.h"
@@ -53,7 +53,8 @@ static inline void transpose(__m512i (&r)[16]) {
     }
 }
 
-// Packs the rows of x from `row` on into one block of the panel; `count` of its `width` rows exist, the others are zero.
+// Packs the rows of x from `row` on into one block of the panel; `count` of its `width` rows exist, the others are
+// zero.
 static inline void pack_block(bf16 *panel, const Rows &x, int64_t row, int64_t count, int64_t width) {
     for (int64_t step = 0; step < tile_steps(x.length); ++step) {
         const int64_t c = step * TILE_COLUMNS, left = x.length - c;
@@ -103,8 +104,9 @@ static inline WeightTile weight_tile(bf16 (&copy)[TILE][TILE_COLUMNS], const Row
     if (count >= TILE && left >= TILE_COLUMNS) return {at, weight.step[0]};
     const __mmask32 mask = left < TILE_COLUMNS ? (1u << left) - 1 : ~0u;
     for (int64_t i = 0; i < TILE; ++i)
-        _mm512_storeu_si512(copy[i], i < count ? _mm512_maskz_loadu_epi16(mask, at + i * weight.step[0])
-                                               : _mm512_setzero_si512());
+        _mm512_storeu_si512(copy[i],
+                            i < count ? _mm512_maskz_loadu_epi16(mask, at + i * weight.step[0])
+                                      : _mm512_setzero_si512());
     return {(const char *)copy, sizeof copy[0]};
 }
 

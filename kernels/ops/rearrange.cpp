@@ -7,8 +7,8 @@ namespace llaisys {
 // counted out by the caller. Strides in bytes; missing axes have size 1.
 struct RearrangeArgs {
     Rows out, x;
-    int64_t item;               // bytes of an element
-    int64_t rows, columns;      // of the tiled plane
+    int64_t item;                // bytes of an element
+    int64_t rows, columns;       // of the tiled plane
     int64_t out_row, out_column; // strides
     int64_t x_row, x_column;
 };
@@ -96,7 +96,8 @@ int32_t llaisysRearrange(LlaisysTensor *out, const LlaisysTensor *x) {
         const int64_t item = dtype_size(x->dtype);
         RearrangeArgs args{rows[0], rows[1], item, 1, args.out.length, 0, item, 0, item};
         int32_t plane = 0;
-        // make_joint_rows has made the innermost axis the row if it is contiguous in both; otherwise it is still an axis.
+        // make_joint_rows has made the innermost axis the row if it is contiguous in both; otherwise it is still an
+        // axis.
         if (args.out.length == 1 && args.out.naxes > 0) {
             const int32_t last = args.out.naxes - 1;
             args.columns = args.out.size[last];

@@ -58,9 +58,8 @@ int32_t llaisysRmsNorm(LlaisysTensor *out, const LlaisysTensor *x, const Llaisys
         const RmsNormArgs args{make_rows(*out), make_rows(*x), weight->data, eps, x->dtype};
         if (args.x.length == 0) return;
         const int64_t count = args.x.count, least = std::max<int64_t>(1, 8192 / args.x.length);
-        parallel_for(count, grain_for(count, least), [&, kernel = rms_norm_kernel.get()](int64_t begin, int64_t end) {
-            kernel(args, begin, end);
-        });
+        parallel_for(count, grain_for(count, least),
+                     [&, kernel = rms_norm_kernel.get()](int64_t begin, int64_t end) { kernel(args, begin, end); });
     });
 }
 #endif

@@ -45,9 +45,11 @@ namespace llaisys {
 LLAISYS_KERNEL(rope, RopeFn);
 LLAISYS_KERNEL(rope_table_fill, RopeTableFn);
 
-// 1 / theta^(2i/D) with the exponent and the power rounded to f32, as torch does; pow takes as long as a whole head, so
-// the last answer is kept.
-static const std::vector<float> &inv_freq(int64_t head_dim, float theta) {
+// theta^(2i/D) with the exponent and the power rounded to f32, as torch does; pow takes as long as a whole head, so the
+// last answer is kept. The angle is the position divided by it. transformers multiplies by the rounded inverse, which
+// gives the same f32 in 73 % of the cases and its neighbour in the others; the course divides and asks for 1e-4 of the
+// result at position 1023, which the multiplication misses in one element of a million.
+static const std::vector<float> &powers(int64_t head_dim, float theta) {
     thread_local std::vector<float> values;
     thread_local int64_t known_dim = -1;
     thread_local float known_theta = 0;
@@ -55,7 +57,7 @@ static const std::vector<float> &inv_freq(int64_t head_dim, float theta) {
         known_dim = -1;
         values.resize(size_t(head_dim / 2));
         for (int64_t i = 0; i < head_dim / 2; ++i)
-            values[size_t(i)] = 1.0f / float(std::pow(double(theta), double(float(2 * i) / float(head_dim))));
+            values[size_t(i)] = float(std::pow(double(theta), double(float(2 * i) / float(head_dim))));
         known_dim = head_dim;
         known_theta = theta;
     }
@@ -65,8 +67,8 @@ static const std::vector<float> &inv_freq(int64_t head_dim, float theta) {
 const float *rope_table(const LlaisysTensor &pos_ids, int64_t head_dim, float theta, int32_t dtype) {
     const int64_t tokens = pos_ids.shape[0], half = head_dim / 2;
     auto *table = static_cast<float *>(scratch(SLOT_TABLE, size_t(tokens * head_dim) * sizeof(float)));
-    const RopeTableArgs args{static_cast<const char *>(pos_ids.data),
-                             inv_freq(head_dim, theta).data(), half, table, dtype};
+    const RopeTableArgs args{static_cast<const char *>(pos_ids.data), powers(head_dim, theta).data(), half, table,
+                             dtype};
     const int64_t least = std::max<int64_t>(1, 2048 / std::max<int64_t>(half, 1));
     parallel_for(tokens, grain_for(tokens, least),
                  [&, kernel = rope_table_fill_kernel.get()](int64_t begin, int64_t end) { kernel(args, begin, end); });
@@ -98,14 +100,19 @@ int32_t llaisysRope(LlaisysTensor *out, const LlaisysTensor *x, const LlaisysTen
         check_output({"out", out}, {{"x", x}, {"pos_ids", pos_ids}}, {"x"});
         const int64_t size = dtype_size(dtype), heads = x->shape[1], head_dim = x->shape[2];
         if (numel(*x) == 0) return;
-        const RopeArgs args{static_cast<char *>(out->data), static_cast<const char *>(x->data),
-                            out->strides[0] * size, out->strides[1] * size,
-                            x->strides[0] * size, x->strides[1] * size, heads, head_dim / 2,
-                            rope_table(*pos_ids, head_dim, theta, dtype), dtype};
+        const RopeArgs args{static_cast<char *>(out->data),
+                            static_cast<const char *>(x->data),
+                            out->strides[0] * size,
+                            out->strides[1] * size,
+                            x->strides[0] * size,
+                            x->strides[1] * size,
+                            heads,
+                            head_dim / 2,
+                            rope_table(*pos_ids, head_dim, theta, dtype),
+                            dtype};
         const int64_t count = x->shape[0] * heads, least = std::max<int64_t>(1, 8192 / head_dim);
-        parallel_for(count, grain_for(count, least), [&, kernel = rope_kernel.get()](int64_t begin, int64_t end) {
-            kernel(args, begin, end);
-        });
+        parallel_for(count, grain_for(count, least),
+                     [&, kernel = rope_kernel.get()](int64_t begin, int64_t end) { kernel(args, begin, end); });
     });
 }
 #endif

@@ -9,9 +9,9 @@ namespace llaisys {
 
 struct RopeTableArgs {
     const char *pos_ids; // int64, perhaps not aligned
-    const float *inv_freq;
-    int64_t half; // D / 2
-    float *table; // [T, 2, D / 2]: cosines, then sines, rounded to the dtype
+    const float *powers; // [D / 2], theta^(2i/D)
+    int64_t half;        // D / 2
+    float *table;        // [T, 2, D / 2]: cosines, then sines, rounded to the dtype
     int32_t dtype;
 };
 using RopeTableFn = void(const RopeTableArgs &, int64_t begin, int64_t end);
@@ -28,13 +28,20 @@ static inline void sin_cos(double x, float *sine, float *cosine) {
     const double r =
         ((x - k * 1.57079632673412561417e+00) - k * 6.07710050630396597660e-11) - k * 2.02226624879595063154e-21;
     const double z = r * r;
-    const double s =
-        r + r * z * (-1.66666666666666324348e-01 + z * (8.33333333332248946124e-03 + z * (-1.98412698298579493134e-04 +
-            z * (2.75573137070700676789e-06 + z * (-2.50507602534068634195e-08 + z * 1.58969099521155010221e-10)))));
-    const double c =
-        (1.0 - 0.5 * z) + z * z * (4.16666666666666019037e-02 + z * (-1.38888888888741095749e-03 + z * (
-            2.48015872894767294178e-05 + z * (-2.75573143513906633035e-07 + z * (2.08757232129817482790e-09 +
-            z * -1.13596475577881948265e-11)))));
+    double s = 1.58969099521155010221e-10;
+    s = -2.50507602534068634195e-08 + z * s;
+    s = 2.75573137070700676789e-06 + z * s;
+    s = -1.98412698298579493134e-04 + z * s;
+    s = 8.33333333332248946124e-03 + z * s;
+    s = -1.66666666666666324348e-01 + z * s;
+    s = r + r * z * s;
+    double c = -1.13596475577881948265e-11;
+    c = 2.08757232129817482790e-09 + z * c;
+    c = -2.75573143513906633035e-07 + z * c;
+    c = 2.48015872894767294178e-05 + z * c;
+    c = -1.38888888888741095749e-03 + z * c;
+    c = 4.16666666666666019037e-02 + z * c;
+    c = (1.0 - 0.5 * z) + z * z * c;
     const int32_t quadrant = (int32_t)k & 3;
     const double a = quadrant & 1 ? c : s, b = quadrant & 1 ? s : c;
     *sine = float(quadrant & 2 ? -a : a);
@@ -57,16 +64,16 @@ static inline void round_span(float *x, int64_t n) {
         float *cosine = args.table + 2 * t * args.half, *sine = cosine + args.half;
         float largest = 0;
         for (int64_t i = 0; i < args.half; ++i) {
-            const float angle = position * args.inv_freq[i];
+            const float angle = position / args.powers[i];
             const float magnitude = angle < 0 ? -angle : angle;
             largest = magnitude > largest ? magnitude : largest;
         }
         if (largest < 1e6f) {
-            for (int64_t i = 0; i < args.half; ++i) sin_cos(double(position * args.inv_freq[i]), sine + i, cosine + i);
+            for (int64_t i = 0; i < args.half; ++i) sin_cos(double(position / args.powers[i]), sine + i, cosine + i);
         } else {
             for (int64_t i = 0; i < args.half; ++i) {
-                sine[i] = float(::sin(double(position * args.inv_freq[i])));
-                cosine[i] = float(::cos(double(position * args.inv_freq[i])));
+                sine[i] = float(::sin(double(position / args.powers[i])));
+                cosine[i] = float(::cos(double(position / args.powers[i])));
             }
         }
         with_type(args.dtype, [&]<class T>(T) { round_span<T>(cosine, 2 * args.half); });
@@ -92,10 +99,8 @@ static inline void rotate(T *out, const T *x, int64_t i, int64_t n, Vec cosine, 
 template <class T>
 static inline void rope_row(T *out, const T *x, const float *table, int64_t half) {
     int64_t i = 0;
-    for (; i + Vec::N <= half; i += Vec::N)
-        rotate(out, x, i, Vec::N, load(table + i), load(table + half + i), half);
-    if (i < half)
-        rotate(out, x, i, half - i, load(table + i, half - i), load(table + half + i, half - i), half);
+    for (; i + Vec::N <= half; i += Vec::N) rotate(out, x, i, Vec::N, load(table + i), load(table + half + i), half);
+    if (i < half) rotate(out, x, i, half - i, load(table + i, half - i), load(table + half + i, half - i), half);
 }
 
 } // namespace LLAISYS_TIER

@@ -1,5 +1,5 @@
-// self_attention(rope(q, pos_ids, theta), k, v, scale). The kernel is that of self_attention, which rotates each query on
-// its way into the panel: q is read once and the rotated q never written.
+// self_attention(rope(q, pos_ids, theta), k, v, scale). The kernel is that of self_attention, which rotates each query
+// on its way into the panel: q is read once and the rotated q never written.
 #include "rope.h"
 #include "self_attention.h"
 

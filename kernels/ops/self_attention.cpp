@@ -2,8 +2,8 @@
 //
 // The keys are walked in blocks of KEYS, counted from position 0. A block gives each row (a query token and head) its
 // maximum m, its sum of exponentials l and its weighted sum of values; merge() folds the blocks into the row's state in
-// ascending order. That fixes the order of every sum, whatever rows are computed together and whether the blocks of a row
-// are walked by one thread or computed apart by several (which a single token over a long cache needs).
+// ascending order. That fixes the order of every sum, whatever rows are computed together and whether the blocks of a
+// row are walked by one thread or computed apart by several (which a single token over a long cache needs).
 #include "self_attention.h"
 #include "linear.h"
 #include "rope.h"
@@ -161,11 +161,10 @@ static inline void weigh_tile(float *sums, int64_t size, const float *weights, c
 }
 
 template <int M>
-static inline void weigh(float *sums, int64_t size, const float *weights, const float *values, int64_t d,
-                         int64_t begin, int64_t end) {
+static inline void weigh(float *sums, int64_t size, const float *weights, const float *values, int64_t d, int64_t begin,
+                         int64_t end) {
     int64_t c = 0;
-    for (; c + 2 * Vec::N <= d; c += 2 * Vec::N)
-        weigh_tile<M, 2>(sums + c, size, weights, values + c, d, begin, end);
+    for (; c + 2 * Vec::N <= d; c += 2 * Vec::N) weigh_tile<M, 2>(sums + c, size, weights, values + c, d, begin, end);
     if (c < d) weigh_tile<M, 1>(sums + c, size, weights, values + c, d, begin, end);
 }
 
@@ -190,9 +189,10 @@ static void attend_block(const AttentionArgs &args, const Work &w, int64_t kv_he
     }
     int64_t r = 0;
     while (r < rows && limit(r) <= 0) ++r;
-    for (int64_t i = r; i < rows; ++i) softmax_row(w.scores + i * KEYS, limit(i), args.scale, state_at(w.block, i, size));
-    // Each row stops at its own last key, also where it shares a tile: a weight of 0 would not keep a NaN or an infinity
-    // of a key that lies in its future out.
+    for (int64_t i = r; i < rows; ++i)
+        softmax_row(w.scores + i * KEYS, limit(i), args.scale, state_at(w.block, i, size));
+    // Each row stops at its own last key, also where it shares a tile: a weight of 0 would not keep a NaN or an
+    // infinity of a key that lies in its future out.
     for (; r + 4 <= rows; r += 4) {
         const int64_t common = limit(r);
         weigh<4>(state_at(w.block, r, size).sums, size, w.scores + r * KEYS, w.values, d, 0, common);
@@ -357,8 +357,7 @@ void run_attention(LlaisysTensor *out, const LlaisysTensor *q, const LlaisysTens
         const auto merge_kernel = attention_merge_kernel.get();
         const int64_t work = work_of(args, args.tokens);
         parallel_for(args.kv_heads * blocks, 1, [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; ++i)
-                block_kernel(args, i / blocks, i % blocks, floats(SLOT_WORK, work));
+            for (int64_t i = begin; i < end; ++i) block_kernel(args, i / blocks, i % blocks, floats(SLOT_WORK, work));
         });
         const int64_t rows = args.tokens * args.heads;
         parallel_for(rows, grain_for(rows, 16), [&](int64_t begin, int64_t end) {
@@ -379,8 +378,8 @@ void run_attention(LlaisysTensor *out, const LlaisysTensor *q, const LlaisysTens
 
 } // namespace llaisys
 
-int32_t llaisysSelfAttention(LlaisysTensor *out, const LlaisysTensor *q, const LlaisysTensor *k,
-                             const LlaisysTensor *v, float scale) {
+int32_t llaisysSelfAttention(LlaisysTensor *out, const LlaisysTensor *q, const LlaisysTensor *k, const LlaisysTensor *v,
+                             float scale) {
     using namespace llaisys;
     return guarded("self_attention", [&] {
         check_attention(out, q, k, v, scale);

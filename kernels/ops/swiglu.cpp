@@ -34,9 +34,7 @@ void swiglu(const SwigluArgs &args, int64_t row, int64_t begin, int64_t end) {
 #include "core/cpu.h"
 #include "core/elementwise.h"
 
-namespace llaisys {
-LLAISYS_KERNEL(swiglu, SwigluFn);
-}
+namespace llaisys { LLAISYS_KERNEL(swiglu, SwigluFn); }
 
 int32_t llaisysSwiglu(LlaisysTensor *out, const LlaisysTensor *gate, const LlaisysTensor *up) {
     using namespace llaisys;

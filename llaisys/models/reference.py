@@ -113,8 +113,6 @@ class ReferenceSession:
 
 
 def _tap(observer: Observer) -> qwen2.Tap:
-    tokens = 0  # of the running pass
-
     def tap(
         site: str,
         op: str,
@@ -123,12 +121,6 @@ def _tap(observer: Observer) -> qwen2.Tap:
         outputs: dict[str, Array],
         position: int,
     ) -> None:
-        nonlocal tokens
-        if op == "embedding":
-            tokens = len(inputs["index"])
-        elif site == "lm_head":
-            position += tokens - len(inputs["x"])  # of the last tokens only
-
         def make() -> Node:
             # As the kernels take them: the native engine shows the scalars of a call in f32.
             rounded = {s.name: float(np.float32(scalars[s.name])) for s in SPECS[op].scalars}

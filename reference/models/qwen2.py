@@ -155,18 +155,19 @@ class Session:
             branch = self.attention(layer + "self_attn.", i, x, positions)
             x, h = self.norm(layer + "post_attention_layernorm", h, branch)
             branch = self.mlp(layer + "mlp.", x)
-        x, h = self.norm("model.norm", h, branch)
+        first = len(tokens) - count  # only the rows whose logits are wanted go on
+        x, h = self.norm("model.norm", h[first:], None if branch is None else branch[first:], first)
         head = self.weight("model.embed_tokens" if config.tie_word_embeddings else "lm_head")
-        logits = self.node("lm_head", "linear", x[len(x) - count :], head, None)  # [n, V]
+        logits = self.node("lm_head", "linear", x, head, None, first=first)  # [n, V]
         self.length += len(tokens)
         return np.asarray(logits).astype(np.float32)
 
-    def norm(self, site: str, h: Array, branch: Array | None) -> tuple[Array, Array]:
+    def norm(self, site: str, h: Array, branch: Array | None, first: int = 0) -> tuple[Array, Array]:
         """Add the output of the last block to the residual stream and normalise; returns both, [T, E]."""
         weight, eps = self.weight(site), self.model.config.rms_norm_eps
         if branch is None:
-            return self.node(site, "rms_norm", h, weight, eps), h
-        x, h = self.node(site, "add_rms_norm", h, branch, weight, eps)
+            return self.node(site, "rms_norm", h, weight, eps, first=first), h
+        x, h = self.node(site, "add_rms_norm", h, branch, weight, eps, first=first)
         return x, h
 
     def attention(self, site: str, layer: int, x: Array, positions: Array) -> Array:
@@ -197,8 +198,11 @@ class Session:
         """The weight that belongs to `site`."""
         return self.model.weights[site + ".weight"]
 
-    def node(self, site: str, op: str, *args: Any) -> Any:
-        """Call operator `op` on its inputs and scalars, in the order of its SPEC, and show the tap what happened."""
+    def node(self, site: str, op: str, *args: Any, first: int = 0) -> Any:
+        """Call operator `op` on its inputs and scalars, in the order of its SPEC, and show the tap what happened.
+
+        `first` is the new token that the first row belongs to.
+        """
         result = self.model.op(site, op)(*args)
         if self.tap is not None:
             spec = SPECS[op]
@@ -212,6 +216,6 @@ class Session:
                     a.name: x
                     for a, x in zip(spec.outputs, result if isinstance(result, tuple) else (result,), strict=True)
                 },
-                self.length,
+                self.length + first,
             )
         return result

@@ -12,15 +12,15 @@ from ..numerics import cast, f32, f64, quiet, r
 from ..spec import Arg, Constraint, Dims, ErrorCase, Probe, Scalar, Spec, qwen2_bench
 
 
-def inv_freq(head_dim: int, theta: float) -> Array:
-    """f32 frequencies 1 / theta^(2i/D), with the exponent and the power rounded to f32 as torch does."""
+def powers(head_dim: int, theta: float) -> Array:
+    """f32 theta^(2i/D), [D/2], with the exponent and the power rounded to f32 as torch does."""
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(max(head_dim, 1))
-    return np.float32(1) / np.power(np.float64(np.float32(theta)), exponent.astype(np.float64)).astype(np.float32)
+    return np.power(np.float64(np.float32(theta)), exponent.astype(np.float64)).astype(np.float32)
 
 
 def cos_sin(pos_ids: Array, head_dim: int, theta: float, dtype: np.dtype[Any]) -> tuple[Array, Array]:
     """cos and sin of the f32 angles, [T, 1, D/2], rounded to `dtype` and widened back to f32."""
-    angle = (f32(pos_ids)[:, None] * inv_freq(head_dim, theta)).astype(np.float64)
+    angle = (f32(pos_ids)[:, None] / powers(head_dim, theta)).astype(np.float64)
     return r(np.cos(angle), dtype)[:, None], r(np.sin(angle), dtype)[:, None]
 
 
@@ -48,7 +48,7 @@ def oracle(x: Array, pos_ids: Array, theta: float) -> tuple[Oracle, ...]:
     exponent = np.arange(half) / max(half, 1)
     angle = f64(pos_ids)[:, None, None] * base**-exponent
     turn = np.exp(1j * angle)
-    # The roundings of the f32 angle: exponent (which ln(theta) magnifies), power, inverse, position and product; then
+    # The roundings of the f32 angle: exponent (which ln(theta) magnifies), power, position and quotient; then
     # cos and sin in f32 (2 u), rounded to T.
     off = U32 * (np.abs(angle) * (4 + exponent * abs(math.log(base))) + 2)
 

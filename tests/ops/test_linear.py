@@ -71,10 +71,10 @@ class TestLinear(OperatorTests):
     def test_what_overflows(self, dtype: str, tier: str) -> None:
         """Sums beyond the dtype are infinities; partial sums may leave f16 and come back, as they are f32."""
         kind = FLOATS[dtype]
-        large = min(float(finfo(kind).max), 1e30)
+        large = 2.0 ** (15 if dtype == "f16" else 90)  # sums of powers of two are exact
         x = np.full((2, 64), 1, kind)
         x[1, 32:] = -1
-        weight = np.full((9, 64), large / 2, kind)
+        weight = np.full((9, 64), large, kind)
         (out,) = self.outcome(dtype, tier, "large weights", {"x": x, "weight": weight, "bias": None})
         assert (np.isinf(out[0].astype(np.float32)) == (dtype == "f16")).all() and (out[1] == 0).all()
 

@@ -15,7 +15,7 @@ SHAPE = (3, 17, 2, 18)
 def ordered(order: tuple[int, ...], sign: int, dtype: np.dtype) -> np.ndarray:
     """An array of SHAPE whose axes lie in memory in this order, every other one backwards if `sign` is -1."""
     x = np.zeros([SHAPE[i] for i in order], dtype).transpose(np.argsort(order))
-    return x[:: sign, :, ::sign] if sign < 0 else x
+    return x[::sign, :, ::sign] if sign < 0 else x
 
 
 class TestRearrange(OperatorTests):
