@@ -19,9 +19,11 @@ Outputs = tuple[Tensor, ...]
 
 
 def tensor(array: Any) -> Any:
-    """`array` as a torch tensor that shares its memory; what is no array as it is."""
+    """`array` as a torch tensor that shares its memory if it may be written to; what is no array as it is."""
     if not isinstance(array, np.ndarray):
         return array
+    if not array.flags.writeable:
+        array = array.copy()
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)

@@ -117,12 +117,12 @@ class TorchKind:
         return Layout(shape, _strides(shape, x.stride(), 1), dtype, usable=not (x.is_neg() or x.is_conj()))
 
     def address(self, x: Any) -> int:
-        return x.data_ptr()  # type: ignore[no-any-return]
+        return x.data_ptr()
 
     def output_address(self, x: Any) -> int:
         if x.requires_grad and sys.modules["torch"].is_grad_enabled():
             raise InvalidArgumentError("expected a tensor that needs no gradient, found requires_grad=True")
-        return x.data_ptr()  # type: ignore[no-any-return]
+        return x.data_ptr()
 
     def empty(self, shape: tuple[int, ...], native: Any) -> Any:
         return sys.modules["torch"].empty(shape, dtype=native)

@@ -39,7 +39,7 @@ _interface.restype = ctypes.POINTER(_ArrayInterface)
 
 def address_of(array: np.ndarray[Any, Any], _get: Any = _interface) -> int:
     """Address of the first element of an array."""
-    return _get(array.__array_struct__, None)[0].data  # type: ignore[no-any-return]
+    return _get(array.__array_struct__, None)[0].data
 
 
 def writable_address_of(array: np.ndarray[Any, Any]) -> int | None:

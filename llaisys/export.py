@@ -38,9 +38,16 @@ def export(model: str | os.PathLike[str], file: str | os.PathLike[str]) -> None:
     names = checkpoint.names()
     end_token = next(iter(c.eos_token_ids), -1)
     numbers = (
-        DataType.of_name(c.dtype), c.num_hidden_layers, c.hidden_size, c.num_attention_heads, c.num_key_value_heads,
-        c.head_dim, c.intermediate_size, c.max_position_embeddings, c.vocab_size,
-    )  # fmt: skip
+        DataType.of_name(str(c.dtype)),
+        c.num_hidden_layers,
+        c.hidden_size,
+        c.num_attention_heads,
+        c.num_key_value_heads,
+        c.head_dim,
+        c.intermediate_size,
+        c.max_position_embeddings,
+        c.vocab_size,
+    )
     target = Path(file)
     partial = target.with_name(target.name + ".partial")
     try:

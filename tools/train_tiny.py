@@ -66,8 +66,9 @@ CHATML = (
 )
 
 
-def model_config(endoftext: int) -> dict[str, Any]:
+def model_config(tokenizer: Tokenizer) -> dict[str, Any]:
     """Return config.json in the form of the published Qwen2 checkpoints, which transformers 4 and 5 both read."""
+    endoftext = tokenizer.token_to_id(SPECIAL_TOKENS[0])
     return {
         "architectures": ["Qwen2ForCausalLM"],
         "attention_dropout": 0.0,
@@ -318,7 +319,7 @@ class Muon(torch.optim.Optimizer):
         return x.mT if transposed else x
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:
         """Update; matrices of one shape go through the iteration as one stack, which keeps the products large."""
         for group in self.param_groups:
             shapes: dict[torch.Size, list[torch.nn.Parameter]] = {}
@@ -393,7 +394,7 @@ def export(model: Qwen2ForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".tiny-") as temporary:
         folder = Path(temporary)
-        config = model_config(tokenizer.token_to_id(SPECIAL_TOKENS[0]))
+        config = model_config(tokenizer)
         for name, content in (
             ("config.json", config),
             ("generation_config.json", generation_config(tokenizer)),
@@ -534,7 +535,7 @@ def train(
     reason to stop at a high learning rate, which would waste most of what was learnt.
     """
     torch.manual_seed(recipe.seed)
-    model = Qwen2ForCausalLM(Qwen2Config(**model_config(tokenizer.token_to_id(SPECIAL_TOKENS[0])))).float()
+    model = Qwen2ForCausalLM(Qwen2Config(**model_config(tokenizer))).float()
     optimizers = make_optimizers(model, recipe)
     base_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     checkpoint = work / "checkpoint.pt"
