@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Iterator
 from math import exp, log
@@ -13,6 +14,9 @@ from threadpoolctl import threadpool_limits
 
 import llaisys
 from measure import last_level_cache, read_roof
+
+#: Load of the machine before it had anything from here to do.
+LOAD = os.getloadavg()[0]
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +53,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     write = terminalreporter.write_line
     terminalreporter.section(f"operators: {llaisys.isa()}, {count} threads, memory read {roof:.1f} GB/s")
     write("Medians in microseconds. x torch: how many times as fast as torch, measured in turns with it.")
+    if LOAD > 0.5:
+        write(f"The machine was busy before this began (load average {LOAD:.1f}): the figures mean little.", red=True)
     ratios: dict[tuple[str, str], list[float]] = defaultdict(list)
     op = ""
     for (name, dtype, case), found in cases.items():

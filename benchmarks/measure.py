@@ -37,6 +37,8 @@ def in_turns(calls: Mapping[str, Call]) -> dict[str, tuple[int, list[float]]]:
     for name, call in calls.items():
         call()
         once = _seconds(call, 1)
+        if once >= TOO_SLOW:  # or did something else have the processor?
+            once = min(once, _seconds(call, 1))
         if once < TOO_SLOW:
             lengths[name] = max(1, int(SERIES / max(once, 1e-7)))
             rounds[name] = min(MOST, max(LEAST, int(BUDGET / max(once, SERIES))))

@@ -79,9 +79,10 @@ def samples(spec: Spec, values: dict[str, Any]) -> Iterator[tuple[slice, dict[st
         return
     tokens, cached = len(values["q"]), len(values["k"]) - len(values["q"])
     for rows in (slice(0, 16), slice(tokens - 16, tokens)):
-        part = {name: values[name][rows] for name in ("q", "pos_ids") if name in values}
-        part |= {name: values[name][: cached + rows.stop] for name in ("k", "v")}
-        yield rows, {**values, **part}
+        part = dict(values)
+        part.update({name: values[name][rows] for name in ("q", "pos_ids") if name in values})
+        part.update({name: values[name][: cached + rows.stop] for name in ("k", "v")})
+        yield rows, part
 
 
 @lru_cache(maxsize=1)
