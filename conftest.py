@@ -5,6 +5,7 @@ without llaisys.reference, which Python would find first wherever the tree is th
 """
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,10 @@ sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != ROOT]
 
 def pytest_configure(config: pytest.Config) -> None:
     """Look into `benchmarks` and not into `testpaths` if only benchmarks are asked for."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A shell starts what runs in the background so, and all children would inherit it: also those that the tests
+        # of Ctrl-C interrupt. A handler is not inherited.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.args_source is pytest.Config.ArgsSource.TESTPATHS and config.getoption("benchmark_only", False):
         config.args = [str(ROOT / "benchmarks")]
 
