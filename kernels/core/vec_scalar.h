@@ -122,4 +122,8 @@ static inline void load2(const T *p, Vec &a, Vec &b) {
     b = load(p + Vec::N);
 }
 
+// For hsums: the sums of the lanes of four vectors.
+static inline Vec hsum_parts(Vec a, Vec b, Vec c, Vec d) { return {f32x4{hsum(a), hsum(b), hsum(c), hsum(d)}}; }
+static inline Vec hsum_whole(Vec a) { return a; }
+
 } // namespace llaisys::LLAISYS_TIER
