@@ -114,4 +114,15 @@ static inline Vec round_to(Vec x) {
     return x;
 }
 
+// For hsums: the sums of the lanes of four vectors within each 128 bits, and of all 128-bit parts of two such vectors.
+static inline Vec hsum_parts(Vec a, Vec b, Vec c, Vec d) {
+    const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v));
+    const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c.v, d.v), _mm256_unpackhi_ps(c.v, d.v));
+    const __m256d x = _mm256_castps_pd(ab), y = _mm256_castps_pd(cd);
+    return {_mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(x, y)), _mm256_castpd_ps(_mm256_unpackhi_pd(x, y)))};
+}
+static inline Vec hsum_whole(Vec a, Vec b) {
+    return {_mm256_add_ps(_mm256_permute2f128_ps(a.v, b.v, 0x20), _mm256_permute2f128_ps(a.v, b.v, 0x31))};
+}
+
 } // namespace llaisys::LLAISYS_TIER

@@ -121,4 +121,16 @@ static inline Vec round_to(Vec x) {
     return x;
 }
 
+// For hsums: the sums of the lanes of four vectors within each 128 bits, and of all 128-bit parts of two such vectors.
+static inline Vec hsum_parts(Vec a, Vec b, Vec c, Vec d) {
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c.v, d.v), _mm512_unpackhi_ps(c.v, d.v));
+    const __m512d x = _mm512_castps_pd(ab), y = _mm512_castps_pd(cd);
+    return {_mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)))};
+}
+static inline Vec fold(Vec a, Vec b) {
+    return {_mm512_add_ps(_mm512_shuffle_f32x4(a.v, b.v, 0x88), _mm512_shuffle_f32x4(a.v, b.v, 0xdd))};
+}
+static inline Vec hsum_whole(Vec a, Vec b, Vec c, Vec d) { return fold(fold(a, b), fold(c, d)); }
+
 } // namespace llaisys::LLAISYS_TIER

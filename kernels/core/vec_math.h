@@ -77,4 +77,25 @@ static inline Vec exp(Vec x) {
     return scale2(p, n);
 }
 
+// The sums of the lanes of COUNT vectors, many at a time: each in the one order that hsum_parts and hsum_whole have. At
+// `out` there is room for COUNT rounded up to whole vectors.
+template <int COUNT>
+static inline void hsums(float *out, const Vec *v) {
+    constexpr int PARTS = (COUNT + 3) / 4, WHOLE = Vec::N / 4; // of the last ones, what is missing repeats another
+    Vec parts[PARTS];
+    for (int i = 0; i < PARTS; ++i) {
+        const auto one = [&](int j) { return v[4 * i + j < COUNT ? 4 * i + j : 4 * i]; };
+        parts[i] = hsum_parts(one(0), one(1), one(2), one(3));
+    }
+    for (int i = 0; i < PARTS; i += WHOLE) {
+        const auto part = [&](int j) { return parts[i + j < PARTS ? i + j : i]; };
+        if constexpr (WHOLE == 4)
+            store(out + 4 * i, hsum_whole(part(0), part(1), part(2), part(3)));
+        else if constexpr (WHOLE == 2)
+            store(out + 4 * i, hsum_whole(part(0), part(1)));
+        else
+            store(out + 4 * i, hsum_whole(part(0)));
+    }
+}
+
 } // namespace llaisys::LLAISYS_TIER

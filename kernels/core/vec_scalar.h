@@ -144,4 +144,8 @@ static inline Vec round_to(Vec x) {
     return x;
 }
 
+// For hsums: the sums of the lanes of four vectors.
+static inline Vec hsum_parts(Vec a, Vec b, Vec c, Vec d) { return {f32x4{hsum(a), hsum(b), hsum(c), hsum(d)}}; }
+static inline Vec hsum_whole(Vec a) { return a; }
+
 } // namespace llaisys::LLAISYS_TIER
