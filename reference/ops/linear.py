@@ -26,12 +26,16 @@ def oracle(x: Array, weight: Array, bias: Array | None = None) -> tuple[Oracle, 
     """W x^T in f64, some rows of W at a time to spare memory; the products of two f32 are exact in f64."""
     count, features = x.shape[-1], len(weight)
     columns = f64(x).reshape(math.prod(x.shape[:-1]), count).T
-    y, magnitude = np.empty((2, features, columns.shape[1]))
-    operands = np.empty((features, columns.shape[1]))
-    for i in range(0, features, 4096):
-        w = f64(weight[i : i + 4096])
-        y[i : i + 4096], magnitude[i : i + 4096] = w @ columns, np.abs(w) @ np.abs(columns)
-        operands[i : i + 4096] = np.abs(w).sum(axis=1)[:, None] + np.abs(columns).sum(axis=0)
+    # Against a column of ones the product is the sum of |W|.
+    sizes = np.concatenate([np.abs(columns), np.ones((count, 1))], axis=1)
+    y, magnitude, operands = np.empty((3, features, columns.shape[1]))
+    rows = max(1, (1 << 17) // max(count, 1))  # as many as a processor keeps close while three passes go over them
+    for i in range(0, features, rows):
+        w = f64(weight[i : i + rows])
+        y[i : i + rows] = w @ columns
+        sums = np.abs(w, out=w) @ sizes
+        magnitude[i : i + rows], operands[i : i + rows] = sums[:, :-1], sums[:, -1:]
+    operands += sizes[:, :-1].sum(axis=0)
     if bias is not None:
         y, magnitude = y + f64(bias)[:, None], magnitude + np.abs(f64(bias))[:, None]
     # A term meets at most C + 1 roundings, whatever the order of the sum, with or without FMA: its product, C - 1
