@@ -79,6 +79,7 @@ def ulp(x: Array | float, dtype: np.dtype[Any]) -> Array:
     power = (np.maximum(magnitude, float(info.smallest_normal)).view(np.int64) & _EXPONENT).view(np.float64)
     return np.where(np.isnan(magnitude), magnitude, power * math.ldexp(1.0, -int(info.nmant)))
 
+
 def half_ulp(x: Array | float, dtype: np.dtype[Any]) -> Array:
     """Largest error of rounding a number of magnitude |x| to `dtype`, to nearest."""
     return ulp(x, dtype) / 2

@@ -37,6 +37,7 @@ class Entry:
     ratio: float = 0.0
     bias: float = 0.0
     checked: int = 0
+    size: int = 0
     scene: str = ""
 
     @property
@@ -66,10 +67,8 @@ class Ledger:
         self.wirings = wirings
         self._prompt, self._decode = prompt, decode
         self.entries: list[Entry] = []
-        self.results: list[NodeResult] = []
         self.faults: dict[tuple[str, str], Fault] = {}
         self.evidence: dict[tuple[str, str], Entry] = {}
-        self.sizes: dict[int, int] = {}
         self._lock = threading.Lock()
 
     def step_of(self, position: int) -> int:
@@ -115,7 +114,7 @@ class Ledger:
         """All faults, the one to blame first."""
         return sorted(self.faults.values(), key=self.order)
 
-    def result(self, entry: Entry, size: int) -> NodeResult:
+    def result(self, entry: Entry) -> NodeResult:
         """The entry as the report has it."""
         return NodeResult(
             entry.site,
@@ -127,5 +126,5 @@ class Ledger:
             entry.ratio,
             entry.bias,
             entry.checked,
-            size,
+            entry.size,
         )

@@ -41,6 +41,7 @@ class Watch:
     ) -> None:
         self.session, self.scene, self.visit = session, scene, visit
         self.tokens: list[int] = []
+        self.recording = True
         self._ledger, self._weights, self._dtype, self._progress = ledger, weights, dtype, progress
         self._wirings = ledger.wirings
         self._readers = consumers(self._wirings)
