@@ -5,6 +5,7 @@ Both are given the tokens of the native run. What is compared is a sample of row
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ from .wiring import KEYS
 ROWS = 4
 #: How many times its own size an estimated difference may be exceeded.
 SAFETY = 4.0
+#: Flips whose noise is estimated; what follows is taken to have the last one's.
+_NOISES = 2
 
 
 class Sample:
@@ -64,11 +67,11 @@ class Context:
         self.model = Qwen2(model, backend="reference", dtype=dtype)
         self.session = self.model.session()
         self.hf = Transformers(model, dtype, self.model.config.num_hidden_layers) if oracle == "hf" else None
-        self._path, self._dtype = model, dtype
+        self._path, self.dtype = model, dtype
         self.drift: list[Drift] = []
         self.flips: list[Flip] = []
         self._native = Sample()
-        self._noise: dict[int, Array] = {}
+        self._noise = 0.0
 
     def visit(self, entry: Entry) -> None:
         """A node of the native run."""
@@ -98,25 +101,21 @@ class Context:
 
     def _flip(self, step: int, position: int, native: int, wanted: int, logits: Array, tokens: Sequence[int]) -> None:
         margin = float(logits[wanted]) - float(logits[native])
-        noise = self._noise_at(position, tokens)
-        self.flips.append(Flip(step, position, native, wanted, margin, noise))
+        if len(self.flips) < _NOISES:
+            self._noise = self._noise_at(position, logits, tokens)
+        self.flips.append(Flip(step, position, native, wanted, margin, self._noise))
 
-    def _noise_at(self, position: int, tokens: Sequence[int]) -> float:
+    def _noise_at(self, position: int, logits: Array, tokens: Sequence[int]) -> float:
         """By how much rounding to the storage type may move the difference of two logits of one position.
 
         Estimated without the native run: by how much the reference's own logits move between a 16-bit type and f32.
         Rounding acts in proportion to the unit roundoff, so that what f32 does follows from what bf16 does.
         """
-        if len(self.flips) >= 8 and self.flips:
-            return self.flips[-1].noise
-        coarse = self._dtype if self._dtype != "f32" else "bf16"
-        rows = []
-        for dtype in (coarse, "f32"):
-            model = self.model if dtype == self._dtype else Qwen2(self._path, backend="reference", dtype=dtype)
-            with model.session() as session:
-                rows.append(session.forward(tokens[: position + 1], last=1)[0])
-        moved = float(np.sqrt(np.mean((rows[0].astype(np.float64) - rows[1]) ** 2)))
-        return SAFETY * np.sqrt(2) * moved * unit(FLOATS[self._dtype]) / unit(FLOATS[coarse])
+        coarse, other = (self.dtype, "f32") if self.dtype != "f32" else ("bf16", "bf16")
+        with Qwen2(self._path, backend="reference", dtype=other) as model, model.session() as session:
+            moved = session.forward(tokens[: position + 1], last=1)[0].astype(np.float64) - logits
+        size = float(np.sqrt(np.mean(moved**2)))
+        return SAFETY * math.sqrt(2) * size * unit(FLOATS[self.dtype]) / unit(FLOATS[coarse])
 
     def close(self) -> None:
         """Free the models."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,10 @@ class Entry:
     def values(self) -> dict[str, Any]:
         """Inputs and scalars by name."""
         return {**self.inputs, **self.scalars}
+
+    def copy(self) -> Entry:
+        """Another entry of the same arrays, which outlives `forget` of this one."""
+        return replace(self, inputs=dict(self.inputs), outputs=dict(self.outputs), outcomes=dict(self.outcomes))
 
     def forget(self) -> None:
         """Let the arrays go."""

@@ -36,7 +36,7 @@ Progress = Callable[[str, int, str], None]
 _BUDGET = 256 << 20
 #: Logits of the prefill that are asked for, at most, beyond those of the last token.
 _LOGITS = 1 << 20
-#: Tokens of a prompt that is given as a text, if it is longer: all.
+#: How the tokens behind a cut are given: in pieces of this many, then the rest.
 _PIECES = (1, 1, 2, 3, 5, 8, 16)
 
 
@@ -118,10 +118,13 @@ def run(
                 f"tokens: expected 1 to {most - decode} with {decode} to follow (max_position_embeddings is {most}), "
                 f"found {len(ids)}"
             )
-        runner = _Runner(engine, str(model), ids, decode, swap or {}, oracle, max_memory, say)
+        runner = Runner(engine, str(model), ids, decode, swap or {}, oracle, max_memory, say)
         runner.trace(save, save_sites)
-        report = runner.run(context)
-        finish(runner, report, None if reproducers is None else os.fspath(reproducers))
+        try:
+            report = runner.run(context)
+            finish(runner, report, None if reproducers is None else os.fspath(reproducers))
+        finally:
+            runner.close()
     report.seconds = time.perf_counter() - begin
     report.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if max_memory is not None and report.peak_bytes > max_memory:
@@ -129,7 +132,7 @@ def run(
     return report
 
 
-class _Runner:
+class Runner:
     """One call of `run`, with all that takes part in it."""
 
     def __init__(
@@ -201,8 +204,6 @@ class _Runner:
         finally:
             certifier.close()
             _lib.set_num_threads(self.threads)
-        if self.context is not None:
-            self.context.session.close()
         return self._report()
 
     def _certified(self, entry: Entry) -> None:
@@ -269,7 +270,7 @@ class _Runner:
 
         def again(scene: str, threads: int, visit: Visitor | None = None) -> Watch:
             how = f"{scene}, {threads} thread{'s' if threads > 1 else ''}"
-            compare = Again(self.ledger, self.digests, how, certifier.submit)
+            compare = Again(self.ledger, self.digests, how, lambda entry: certifier.submit(entry.copy()))
 
             def both(entry: Entry) -> None:
                 if watch.recording:
@@ -328,6 +329,11 @@ class _Runner:
             if begin < len(tokens):
                 watch.forward(tokens[begin : begin + size], last=1)
                 begin += size
+
+    def close(self) -> None:
+        """Free the models beside the engine's."""
+        if self.context is not None:
+            self.context.close()
 
     # -------------------------------------------------------------- report
 

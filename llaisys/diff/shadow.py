@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from .bits import as_bits, as_rows
+from .bits import as_rows
 from .ledger import Array
+from .origins import explain_state
 from .wiring import Wiring
 
 
@@ -21,6 +22,7 @@ class Shadow:
             site: np.empty((0, 0), dtype) for wiring in wirings.values() for site in wiring.state.values()
         }
         self._known: dict[str, int] = dict.fromkeys(self._rows, 0)
+        self._before: dict[str, Array] = {}  # what was there before the last cut
 
     def write(self, site: str, position: int, outputs: Mapping[str, Array]) -> None:
         """Keep what a site put out from `position` on, if it fills a cache; what was there behind is void."""
@@ -40,20 +42,20 @@ class Shadow:
         """The rows of the first `length` positions, None if they were not all seen."""
         return self._rows[site][:length] if self._known[site] >= length else None
 
-    def explain(self, site: str, found: Array, wrong: Array) -> str | None:
-        """Whose rows they are that stand where those of `site` should."""
-        row = as_bits(found[wrong[0]])
-        if not row.any():
-            return "the cache is empty there: the rows are zero"
+    def cut(self, length: int) -> None:
+        """The sequence is cut to `length` tokens. What was there stays known, as it may come up again."""
+        for site, known in self._known.items():
+            if known > length:
+                self._before[site] = self._rows[site][:known]
+                self._rows[site] = self._rows[site][:length].copy()
+                self._known[site] = length
+
+    def explain(self, site: str, found: Array) -> str | None:
+        """Whose rows [S, K, D] they are that an attention saw in place of those of `site`."""
+        others = {}
         for other, rows in self._rows.items():
-            known = rows[: self._known[other]]
-            if known.shape[1:] != row.shape:
-                continue
-            same = np.flatnonzero((as_bits(known) == row).all(axis=1))
-            if len(same):
-                where = int(same[np.argmin(np.abs(same - wrong[0]))])
-                if other != site and where == wrong[0]:
-                    return f"the row is that of {other}"
-                if other == site:
-                    return f"the row is that of position {where}, not {wrong[0]}"
-        return "the row is of none of this sequence's positions, as of one that was there before"
+            if other != site and other.rpartition(".")[2] == site.rpartition(".")[2]:
+                others[other] = rows[: self._known[other]].reshape(-1, *found.shape[1:])
+        if site in self._before:
+            others["the sequence before"] = self._before[site].reshape(-1, *found.shape[1:])
+        return explain_state(self._rows[site][: len(found)].reshape(found.shape), found, others)

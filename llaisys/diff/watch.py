@@ -38,6 +38,7 @@ class Watch:
         scene: str,
         visit: Visitor,
         progress: Callable[[str, int, str], None],
+        hooks: Mapping[str, Callable[[Node], Any]] | None = None,
     ) -> None:
         self.session, self.scene, self.visit = session, scene, visit
         self.tokens: list[int] = []
@@ -49,6 +50,8 @@ class Watch:
         self._live: dict[tuple[str, str], tuple[int, Array]] = {}
         self._order = Order(list(self._wirings))
         self._heads: list[Array] = []
+        for site, hook in (hooks or {}).items():
+            session.hook(hook, site)
         session.tap(self._node, copy=False)
 
     # ------------------------------------------------------------- session
@@ -82,12 +85,14 @@ class Watch:
 
     def truncate(self, length: int) -> None:
         """`Session.truncate`; a session that then has another length is a fault of STATE."""
+        self._shadow.cut(length)
         self.session.truncate(length)
         del self.tokens[length:]
         self.check_length(f"truncate({length})")
 
     def reset(self) -> None:
         """`truncate(0)`."""
+        self._shadow.cut(0)
         self.session.reset()
         self.tokens.clear()
         self.check_length("reset()")
@@ -120,7 +125,6 @@ class Watch:
             text = f"expected the operator {wiring.op}, found {node.op}"
             self._ledger.fault(node.site, "PARAM", text, position=node.position, step=current.step)
             return
-        self._progress(self.scene, current.step, node.site)
         entry = Entry(wiring, current.step, node.position, 0, dict(node.scalars), {}, {}, scene=self.scene)
         if wiring.tokens is not None:
             self._live.clear()
@@ -138,6 +142,7 @@ class Watch:
             self._shadow.write(node.site, node.position, entry.outputs)
             self.visit(entry)
         self._drop(wiring)
+        self._progress(self.scene, current.step, node.site)
 
     def _drop(self, wiring: Wiring) -> None:
         """Let the outputs go whose last reader this was."""
@@ -243,7 +248,7 @@ class Watch:
             first = int(rows[0])
             which = f"position {first}" if len(rows) == 1 else f"{len(rows)} positions from {first} to {rows[-1]}"
             messages.append(f"{name}: expected what {site} put out for this sequence, found other bits at {which}")
-            hypothesis = hypothesis or self._shadow.explain(site, as_rows(found), rows)
+            hypothesis = hypothesis or self._shadow.explain(site, found)
         entry.outcomes["STATE"] = "fault" if messages else "pass"
         if messages:
             self._fault(entry, "STATE", "; ".join(messages), first, hypothesis)
