@@ -10,6 +10,11 @@ enum Tier : int { SCALAR, AVX2, AVX512, AMX, TIERS };
 // The tier that operators run in now. Throws Failure if LLAISYS_ISA asks for what can not be had.
 Tier active_tier();
 
+// Whether the machine and the build have the tier, in use or not.
+bool has_tier(Tier tier);
+// Whether the processor has AVX512_BF16 (vdpbf16ps), which not every one with the avx512 tier has.
+bool has_avx512_bf16();
+
 // One kernel in every tier it was compiled for; nullptr where it was not.
 template <class Fn>
 struct Kernel {
