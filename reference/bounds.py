@@ -36,6 +36,8 @@ L = 4.0
 MAX32 = float(np.finfo(np.float32).max)
 #: Smallest normal f32: matrix units treat what is below as zero.
 TINY32 = float(np.finfo(np.float32).tiny)
+#: The bits of an f64 that hold its exponent.
+EXPONENT = np.uint64(0x7FF0000000000000)
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,9 @@ def ulp(x: Array | float, dtype: np.dtype[Any]) -> Array:
     Beyond the largest number the exponent range is taken as unbounded; inf gives inf and NaN gives NaN.
     """
     info = finfo(dtype)
-    magnitude = np.abs(np.asarray(x, np.float64))
-    finite = np.where(np.isfinite(magnitude), np.maximum(magnitude, float(info.smallest_normal)), 1.0)
-    exponent = np.frexp(finite)[1] - 1  # finite = m 2^exponent with 1 <= m < 2
-    return np.where(np.isfinite(magnitude), np.ldexp(1.0, exponent - int(info.nmant)), magnitude)
+    magnitude = np.maximum(np.abs(np.asarray(x, np.float64)), float(info.smallest_normal))
+    power = (magnitude.view(np.uint64) & EXPONENT).view(np.float64)  # 2^e with |x| = m 2^e, 1 <= m < 2; inf for NaN
+    return np.where(np.isnan(magnitude), np.nan, power * math.ldexp(1.0, -int(info.nmant)))
 
 
 def half_ulp(x: Array | float, dtype: np.dtype[Any]) -> Array:
@@ -106,8 +107,8 @@ def rounding_point(y: Array, a: Array | float, dtype: np.dtype[Any]) -> tuple[Ar
 
 def nearest(x: Array, dtype: np.dtype[Any]) -> Array:
     """f64 `x` rounded once to the nearest number of `dtype`, to even; still f64. (`astype` rounds to f32 first.)"""
-    step = ulp(x, dtype)
-    rounded = np.where(np.isfinite(x), np.rint(x / step) * step, x)
+    step = np.where(np.isfinite(x), ulp(x, dtype), 1.0)
+    rounded = np.rint(x / step) * step
     return np.where(np.abs(rounded) > float(finfo(dtype).max), np.copysign(np.inf, x), rounded)
 
 
