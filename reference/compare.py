@@ -24,8 +24,8 @@ class Verdict:
     with a ratio above 1. `checked`: elements about which the oracle claims something, out of `size`; a caller that
     wants evidence must see that it is not 0. `bias`: mean difference to y rounded to nearest, in ulps, where more than
     one ulp counts as one; `outward`: the same of the magnitudes (truncation shows as -0.5); both over the finite
-    elements whose bound a is below an ulp. `limit`: how far from 0 rounding errors may take these (`_bias`). `reason`: "" if ok,
-    else what is wrong.
+    elements whose bound a is below an ulp. `limit`: how far from 0 rounding errors may take these (`_bias`). `reason`:
+    "" if ok, else what is wrong.
     """
 
     ok: bool
