@@ -36,8 +36,8 @@ L = 4.0
 MAX32 = float(np.finfo(np.float32).max)
 #: Smallest normal f32: matrix units treat what is below as zero.
 TINY32 = float(np.finfo(np.float32).tiny)
-#: The bits of an f64 that hold its exponent.
-EXPONENT = np.uint64(0x7FF0000000000000)
+#: The bits of the exponent of an f64.
+_EXPONENT = np.int64(0x7FF << 52)
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,10 @@ def ulp(x: Array | float, dtype: np.dtype[Any]) -> Array:
     Beyond the largest number the exponent range is taken as unbounded; inf gives inf and NaN gives NaN.
     """
     info = finfo(dtype)
-    magnitude = np.maximum(np.abs(np.asarray(x, np.float64)), float(info.smallest_normal))
-    power = (magnitude.view(np.uint64) & EXPONENT).view(np.float64)  # 2^e with |x| = m 2^e, 1 <= m < 2; inf for NaN
-    return np.where(np.isnan(magnitude), np.nan, power * math.ldexp(1.0, -int(info.nmant)))
+    magnitude = np.abs(np.asarray(x, np.float64))
+    # Without its mantissa, a number is the power of two below it; infinity stays, and NaN is put back.
+    power = (np.maximum(magnitude, float(info.smallest_normal)).view(np.int64) & _EXPONENT).view(np.float64)
+    return np.where(np.isnan(magnitude), magnitude, power * math.ldexp(1.0, -int(info.nmant)))
 
 
 def half_ulp(x: Array | float, dtype: np.dtype[Any]) -> Array:

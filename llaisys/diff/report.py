@@ -36,7 +36,7 @@ class NodeResult:
     def outcome(self) -> Outcome:
         """The worst of the outcomes."""
         found = set(self.outcomes.values())
-        return next((o for o in ("fault", "suspect", "pass") if o in found), "skipped")  # type: ignore[return-value]
+        return next((o for o in ("fault", "suspect", "pass") if o in found), "skipped")
 
 
 @dataclass(frozen=True)
