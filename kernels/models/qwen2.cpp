@@ -112,23 +112,26 @@ bool Model::load(const char *name, const void *data, const size_t *shape, size_t
     if (found == weights_.end()) return false;
     Weight &weight = *found->second;
     LlaisysTensor &t = weight.tensor;
-    bool same = ndim == size_t(t.ndim);
+    if (ndim != size_t(t.ndim))
+        fail(LLAISYS_ERROR_SHAPE, "%s: expected shape %s, found %zu axes", name, shape_text(t).c_str(), ndim);
+    bool same = true;
     std::string text;
-    for (size_t i = 0; i < std::min<size_t>(ndim, LLAISYS_MAX_DIMS); ++i) {
+    for (size_t i = 0; i < ndim; ++i) {
         same = same && shape[i] == size_t(t.shape[i]);
         text += (i ? ", " : "") + std::to_string(shape[i]);
     }
     if (!same)
-        fail(LLAISYS_ERROR_SHAPE, "%s: expected shape %s, found [%s] of %zu axes", name, shape_text(t).c_str(),
-             text.c_str(), ndim);
+        fail(LLAISYS_ERROR_SHAPE, "%s: expected shape %s, found [%s]", name, shape_text(t).c_str(), text.c_str());
     if (dtype != LLAISYS_DTYPE_F32 && dtype != LLAISYS_DTYPE_F16 && dtype != LLAISYS_DTYPE_BF16)
         fail(LLAISYS_ERROR_DTYPE, "%s: expected f32, f16 or bf16, found %s", name, dtype_name(dtype));
-    if (sealed_) fail(LLAISYS_ERROR_STATE, "%s: the model has run; its weights can not change any more", name);
-    if (!attention_bias_ && std::strstr(name, "_proj.bias"))
-        fail(LLAISYS_ERROR_STATE, "%s: the model was set to have no attention biases", name);
-    int expected = Weight::MISSING;
-    if (!weight.state.compare_exchange_strong(expected, Weight::LOADING))
-        fail(LLAISYS_ERROR_STATE, "%s: was loaded before", name);
+    {
+        const std::lock_guard lock(mutex_);
+        if (sealed_) fail(LLAISYS_ERROR_STATE, "%s: the model has run; its weights can not change any more", name);
+        if (!attention_bias_ && std::strstr(name, "_proj.bias"))
+            fail(LLAISYS_ERROR_STATE, "%s: the model was set to have no attention biases", name);
+        if (weight.state != Weight::MISSING) fail(LLAISYS_ERROR_STATE, "%s: was loaded before", name);
+        weight.state = Weight::LOADING;
+    }
     try {
         weight.memory.reserve(size_t(numel(t) * dtype_size(t.dtype)));
         t.data = weight.memory.data();
@@ -142,6 +145,7 @@ bool Model::load(const char *name, const void *data, const size_t *shape, size_t
 }
 
 void Model::set_attention_bias(bool has_bias) {
+    const std::lock_guard lock(mutex_);
     for (const auto &[name, weight] : weights_)
         if (weight->state != Weight::MISSING)
             fail(LLAISYS_ERROR_STATE, "expected a model without weights, found %s loaded", name.c_str());
@@ -158,7 +162,7 @@ void Model::seal() {
     std::string first;
     size_t missing = 0;
     for (const auto &[name, weight] : weights_) {
-        if (weight->state == Weight::LOADED || optional(name)) continue;
+        if (weight->state == Weight::LOADED || (weight->state == Weight::MISSING && optional(name))) continue;
         if (missing++ == 0 || name < first) first = name;
     }
     if (missing > 0)
