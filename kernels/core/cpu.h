@@ -10,6 +10,8 @@ enum Tier : int { SCALAR, AVX2, AVX512, AMX, TIERS };
 // The tier that operators run in now. Throws Failure if LLAISYS_ISA asks for what can not be had.
 Tier active_tier();
 
+// Whether the machine and the build have the tier, in use or not.
+bool has_tier(Tier tier);
 // Whether the processor has AVX512_BF16, which is no tier of its own: the avx512 tier uses it where it is there.
 bool has_avx512_bf16();
 
