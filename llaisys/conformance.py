@@ -2,8 +2,8 @@
 
 A case is a valid call of the SPEC (`reference.spec.calls`). It is made on memory that ends at a page which may not be
 touched, with outputs full of NaN, and certified (`llaisys.certify`); where f32 computes exactly, the result must be y
-rounded, bit for bit. Then the same bits must come out of every layout, whatever the outputs held before, with any number
-of threads, in place, and of each row alone.
+rounded, bit for bit. Then the same bits must come out of every layout, whatever the outputs held before, with any
+number of threads, in place, and of each row alone.
 """
 
 from __future__ import annotations

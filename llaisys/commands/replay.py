@@ -28,7 +28,7 @@ def replay(
     """Run one captured operator call again, and certify what comes out.
 
     Says whether the kernel gives the captured bits, and holds the captured outputs, the kernel's and those of the numpy
-    twin against the oracle. Exit status 0 if what the kernel gives now is right, 1 if it is not, 2 if nothing was checked.
+    twin against the oracle. Exit status 0 if what the kernel gives now is right, 1 if not, 2 if nothing was checked.
     """
     from .. import set_isa, set_num_threads
     from ..case import load_case
@@ -57,22 +57,15 @@ def render(result: Replay) -> None:
     from rich.markup import escape
 
     console, case = Console(highlight=False, soft_wrap=True), result.case
-    shapes = {name: x for name, x in {**case.inputs, **case.outputs}.items() if x is not None}
-    console.print(f"[bold]{case.op}[/] {escape(printable(case.site))}, step {case.step}, position {case.position}")
-    console.print(
-        "  " + ", ".join(f"{name} {x.dtype}{list(x.shape)}" for name, x in shapes.items()), style="dim", markup=False
-    )
-    if case.scalars:
-        console.print(
-            "  " + ", ".join(f"{name} = {x:g}" for name, x in case.scalars.items()), style="dim", markup=False
-        )
+    arrays = {name: x for name, x in {**case.inputs, **case.outputs}.items() if x is not None}
     made = ", ".join(f"{name} {text}" for name, text in case.versions.items())
-    console.print(
-        f"  captured on {printable(case.isa) or '?'}, {case.threads} threads, {printable(made)}",
-        style="dim",
-        markup=False,
-    )
-    console.print(f"  runs now on {result.isa}, {result.threads} threads", style="dim", markup=False)
+    details = [", ".join(f"{name} {x.dtype}{list(x.shape)}" for name, x in arrays.items())]
+    details += [", ".join(f"{name} = {x:g}" for name, x in case.scalars.items())] if case.scalars else []
+    details += [f"captured on {case.isa or '?'}, {case.threads} threads, {made}"]
+    details += [f"runs now on {result.isa}, {result.threads} threads"]
+    console.print(f"[bold]{case.op}[/] {escape(printable(case.site))}, step {case.step}, position {case.position}")
+    for text in details:
+        console.print(f"  {printable(text)}", style="dim", markup=False)
     size = sum(x.size for x in case.outputs.values())
     console.print(
         "the kernel gives the captured bits"
