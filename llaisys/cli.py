@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
+from .commands.check import check
 from .commands.common import Options
 from .commands.doctor import doctor
 from .commands.generate import generate
+from .commands.replay import replay
 
 __all__ = ["app", "main"]
 
@@ -80,6 +82,8 @@ def _root(
 
 app.command()(generate)
 app.command()(doctor)
+app.command()(check)
+app.command()(replay)
 
 
 if __name__ == "__main__":

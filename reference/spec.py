@@ -104,11 +104,20 @@ class ErrorCase:
 
 @dataclass(frozen=True)
 class Probe:
-    """A valid call with telling values (ties, NaN, infinities, heavy tails): a case whose inputs `change` replaces."""
+    """A valid call with telling values (ties, NaN, infinities, heavy tails): a case whose inputs `change` replaces.
+
+    `exact`: whatever f32 computes before the final rounding is exact, so that the result is y rounded, bit for bit.
+    """
 
     title: str
     dims: Dims
     change: Callable[[dict[str, Any]], dict[str, Any]]
+    exact: bool = False
+
+    @property
+    def label(self) -> str:
+        """As `calls` names the case."""
+        return self.title.replace(" ", "-")
 
 
 @dataclass(frozen=True)
@@ -151,7 +160,8 @@ class Spec:
     `twin(*inputs, *scalars)` takes the inputs in the order of `args` (without the outputs) and returns the output, or a
     named tuple of the outputs in the order of `args`. `oracle` takes the same and returns one `Oracle` per output,
     computed in f64 by another formulation than the twin's; `screen` spares it work. `inputs(spec, rng, dims, dtype)`
-    makes realistic inputs and scalars. `bytes(dims, itemsize)` replaces the default of `traffic`.
+    makes realistic inputs and scalars. `shared`: sizes of a call that several threads share. `bytes(dims, itemsize)`
+    replaces the default of `traffic`.
     """
 
     name: str
@@ -169,6 +179,7 @@ class Spec:
     inputs: Callable[[Spec, np.random.Generator, Dims, np.dtype[Any]], dict[str, Any]] = random_inputs
     cases: tuple[Dims, ...] = ()
     probes: tuple[Probe, ...] = ()
+    shared: Dims = field(default_factory=dict)
     errors: tuple[ErrorCase, ...] = ()
     bench: tuple[BenchCase, ...] = ()
     flops: Callable[[Dims], int] = field(default=lambda dims: 0)
@@ -268,7 +279,7 @@ def calls(spec: Spec, dtype: str) -> Iterator[tuple[str, Dims, dict[str, Any]]]:
         if optional:
             yield f"{label}-without-{'-'.join(optional)}", dims, {**values, **optional}
     for probe in spec.probes:
-        values = make(label := probe.title.replace(" ", "-"), probe.dims)
+        values = make(label := probe.label, probe.dims)
         yield label, probe.dims, {**values, **probe.change(values)}
 
 
