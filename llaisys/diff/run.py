@@ -283,7 +283,7 @@ class Runner:
             return watch
 
         # As before, every node computed anew in passing.
-        rerun = Rerun(self.ledger, self.kernels, (1, more))
+        rerun = Rerun(self.ledger, self.kernels, (1, more), self.say)
         watch = again("the run again", 1 if self.threads > 1 else 2, rerun.visit)
         watch.forward(self.prompt, last=1)
         for token in tokens[len(self.prompt) :]:
@@ -357,7 +357,12 @@ class Runner:
             prompt=self.prompt,
             tokens=self.tokens,
             decode=self.decode,
-            versions={"llaisys": info.version, "build": info.build_hash, "library": str(info.path)},
+            versions={
+                "llaisys": info.version,
+                "build": info.build_hash,
+                "library": str(info.path),
+                **({"override": _lib.OVERRIDE} if info.overridden else {}),
+            },
             swaps={name: kernel if isinstance(kernel, str) else "function" for name, kernel in self.swap.items()},
             nodes=[self.ledger.result(entry) for entry in entries],
             faults=self.ledger.blamed(),
