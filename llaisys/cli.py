@@ -9,6 +9,7 @@ import typer
 
 from .commands.check import check
 from .commands.common import Options
+from .commands.diff import diff, trace_diff
 from .commands.doctor import doctor
 from .commands.generate import generate
 from .commands.replay import replay
@@ -81,6 +82,8 @@ def _root(
 
 
 app.command()(generate)
+app.command()(diff)
+app.command(name="trace-diff")(trace_diff)
 app.command()(doctor)
 app.command()(check)
 app.command()(replay)
