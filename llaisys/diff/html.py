@@ -13,7 +13,7 @@ from urllib.parse import quote
 import jinja2
 
 from .drift_chart import drift_chart
-from .report import CERTIFICATES, FAULT, Fault, Report
+from .report import CERTIFICATES, FAULT, Fault, Outcome, Report
 
 __all__ = ["to_html"]
 
@@ -179,7 +179,8 @@ def _rows(report: Report, order: dict[str, str]) -> list[dict[str, Any]]:
 
 def _cells(report: Report, order: dict[str, str]) -> dict[str, dict[str, Any]]:
     """Level, outcome and text of each site, the worst over all steps."""
-    outcomes, ratios = {}, {}
+    outcomes: dict[str, Outcome] = {}
+    ratios: dict[str, float] = {}
     rank = ("skipped", "pass", "suspect", "fault").index
     for node in report.nodes:
         outcomes[node.site] = max(outcomes.get(node.site, "skipped"), node.outcome, key=rank)
