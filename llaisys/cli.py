@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .commands.common import Options
+from .commands.diff import diff, trace_diff
 from .commands.doctor import doctor
 from .commands.generate import generate
 
@@ -79,6 +80,8 @@ def _root(
 
 
 app.command()(generate)
+app.command()(diff)
+app.command(name="trace-diff")(trace_diff)
 app.command()(doctor)
 
 
