@@ -35,7 +35,9 @@ def _inconclusive(function: Callable[P, None]) -> Callable[P, None]:
     def inner(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             function(*args, **kwargs)
-        except (LlaisysError, MemoryError) as error:
+        except (LlaisysError, MemoryError, OSError) as error:
+            if isinstance(error, BrokenPipeError):
+                raise
             if Options.traceback:
                 raise
             complain(str(error) or "out of memory")
