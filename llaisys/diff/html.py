@@ -13,7 +13,7 @@ from urllib.parse import quote
 import jinja2
 
 from .drift_chart import drift_chart
-from .report import CERTIFICATES, FAULT, Fault, Outcome, Report
+from .report import CERTIFICATES, FAULT, Fault, Flip, Outcome, Report
 
 __all__ = ["to_html"]
 
@@ -48,6 +48,7 @@ def to_html(report: Report) -> str:
         "shown": shown,
         "bytes": _bytes,
         "query": _query,
+        "flipped": _flipped,
         "lines": _lines,
     }
     order = _sites(report)
@@ -100,6 +101,10 @@ def shown(text: str) -> str:
 def _lines(text: str) -> str:
     """The same for text of several lines."""
     return "\n".join(map(shown, text.split("\n")))
+
+
+def _flipped(flip: Flip) -> str:
+    return "no evidence of a fault" if flip.margin <= flip.noise else "more than rounding explains"
 
 
 def _query(text: str) -> str:
