@@ -147,15 +147,15 @@ def _name_differences(result: Comparison, left: Trace, right: Trace) -> None:
     if builds[0] != builds[1]:
         result.named.append(f"library build: {builds[0]} and {builds[1]}")
     if one["prompt"] != two["prompt"]:
-        result.named.append(f"prompt: {len(one['prompt'])} and {len(two['prompt'])} tokens, of which the first "
-                            f"{_shared(one['prompt'], two['prompt'])} are the same")
+        result.named.append(
+            f"prompt: {len(one['prompt'])} and {len(two['prompt'])} tokens, of which the first "
+            f"{_shared(one['prompt'], two['prompt'])} are the same"
+        )
     elif one["tokens"] != two["tokens"]:
         same = _shared(one["tokens"], two["tokens"])
         result.named.append(f"tokens: the texts part at position {same}")
     if one["dtype"] == two["dtype"]:
-        result.weights = [
-            name for name, digest in one["weights"].items() if two["weights"].get(name, digest) != digest
-        ]
+        result.weights = [name for name, digest in one["weights"].items() if two["weights"].get(name, digest) != digest]
 
 
 def _shared(a: list[int], b: list[int]) -> int:
@@ -168,15 +168,15 @@ def _checkpoint(result: Comparison, trace: Trace, model: str | os.PathLike[str] 
     except CheckpointError:
         if model is not None:
             raise
-        note = f"the weights of {trace.header['model']!r} are not here (--model says where); saved certificates are used"
+        note = (
+            f"the weights of {trace.header['model']!r} are not here (--model says where); saved certificates are used"
+        )
         if note not in result.notes:
             result.notes.append(note)
         return None
 
 
-def _overlaps(
-    node: TracedNode, others: list[TracedNode], shared: int
-) -> Iterator[tuple[TracedNode, slice, slice]]:
+def _overlaps(node: TracedNode, others: list[TracedNode], shared: int) -> Iterator[tuple[TracedNode, slice, slice]]:
     """The nodes of the other trace that have rows of the same positions, and these rows in each."""
     for other in others:
         begin = max(node.position, other.position)
@@ -255,7 +255,9 @@ def print_comparison(result: Comparison, console: Console | None = None) -> None
         console.print(Text(f"PART: {result.parts}: {result.which} is wrong", style="bold red"))
         console.print(Text(f"      {result.reason}"))
     elif result.weights:
-        console.print(Text(f"PART: {len(result.weights)} weights differ, the first {result.weights[0]}", style="bold red"))
+        console.print(
+            Text(f"PART: {len(result.weights)} weights differ, the first {result.weights[0]}", style="bold red")
+        )
     elif result.exit_code == CERTIFIED:
         same = all(site.equal for site in result.sites)
         text = "the same bits throughout" if same else "all differences are rounding, each run on its own inputs"

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 #: Faults that are described, counted from the one to blame; the others are of the same kind more often than not.
 _DESCRIBED = 3
+#: Tokens of the text before a flip that are shown.
+_BEFORE = 16
 
 
 def finish(runner: Runner, report: Report, folder: str | None) -> None:
@@ -44,15 +46,21 @@ def finish(runner: Runner, report: Report, folder: str | None) -> None:
             runner.say("swapping", fault.step, fault.site)
             fault = replace(fault, swap=_swapped(runner, fault))
         report.faults[i] = fault
+    report.text = report.text or _text(runner, report.tokens)
     report.flips = [
-        replace(flip, native_text=_text(runner, flip.native), reference_text=_text(runner, flip.reference))
+        replace(
+            flip,
+            native_text=_text(runner, [flip.native]),
+            reference_text=_text(runner, [flip.reference]),
+            before=_text(runner, report.tokens[: flip.position + 1][-_BEFORE:]),
+        )
         for flip in report.flips
     ]
 
 
-def _text(runner: Runner, token: int) -> str:
+def _text(runner: Runner, tokens: list[int]) -> str:
     try:
-        return runner.engine.tokenizer.decode([token])
+        return runner.engine.tokenizer.decode(tokens)
     except LlaisysError:  # a folder without a tokenizer
         return ""
 
@@ -66,7 +74,9 @@ def _described(runner: Runner, fault: Fault, entry: Entry) -> Fault:
     limit = max(1, runner.budget // max(1, row_bytes(entry)))
     begin = max(0, min(fault.position - entry.position, entry.rows - 1)) // limit * limit
     end = min(entry.rows, begin + limit)
-    inputs = {arg.name: rows_of(spec, arg.name, entry.inputs[arg.name], begin, end, entry.rows) for arg in spec.inputs_args}
+    inputs = {
+        arg.name: rows_of(spec, arg.name, entry.inputs[arg.name], begin, end, entry.rows) for arg in spec.inputs_args
+    }
     outputs = {name: x[begin:end] for name, x in entry.outputs.items()}
     oracles = spec.call(spec.oracle, {**inputs, **entry.scalars})
     shape: tuple[str, ...] = ()
@@ -163,8 +173,14 @@ def _native_with_reference(runner: Runner, fault: Fault) -> bool:
                     visit(entry)
 
             watch = Watch(
-                runner.engine.session(), ledger, runner.weights, runner.dtype, scene="swapped", visit=only,
-                progress=runner.say, hooks={wiring.site: hook},
+                runner.engine.session(),
+                ledger,
+                runner.weights,
+                runner.dtype,
+                scene="swapped",
+                visit=only,
+                progress=runner.say,
+                hooks={wiring.site: hook},
             )
             for tokens in _passes(runner, fault):
                 watch.forward(tokens, last=min(len(tokens), 4))

@@ -226,7 +226,15 @@ class Trace:
                     data += part
                     if len(data) > info.file_size:
                         break
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
+        except (
+            zipfile.BadZipFile,
+            zlib.error,
+            EOFError,
+            NotImplementedError,
+            RuntimeError,
+            ValueError,
+            OSError,
+        ) as error:
             raise self._refuse(name, "a readable member", error) from None
         if len(data) != info.file_size:
             raise self._refuse(name, f"{info.file_size} bytes", len(data))
