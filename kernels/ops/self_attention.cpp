@@ -181,8 +181,9 @@ static void score_block(const AttentionArgs &args, const Work &w, const Tile &ti
         while (limit(args, tile, block, r) <= j) ++r;
         for (int64_t i = r, n; i < tile.rows; i += n) {
             n = Math::rows(tile.rows - i);
+            const int64_t seen = limit(args, tile, block, i + n - 1) - j; // by the last of them
             Math::score(w.scores + i * KEYS + j, KEYS, (const typename Math::Factor *)w.queries + i * Math::depth(d), n,
-                        w.panel, whole_vectors(count) / Vec::N, d);
+                        w.panel, whole_vectors(seen < count ? seen : count) / Vec::N, d);
         }
     }
 }
