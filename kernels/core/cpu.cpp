@@ -58,8 +58,14 @@ int detect() {
     return AMX;
 }
 
+bool detect_avx512_bf16() {
+    uint32_t a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+}
+
 #else
 int detect() { return SCALAR; }
+bool detect_avx512_bf16() { return false; }
 #endif
 
 int best_tier() {
@@ -105,6 +111,13 @@ Tier active_tier() {
     return Tier(tier);
 }
 
+bool has_tier(Tier tier) { return tier <= best_tier(); }
+
+bool has_avx512_bf16() {
+    static const bool there = has_tier(AVX512) && detect_avx512_bf16();
+    return there;
+}
+
 } // namespace llaisys
 
 extern "C" {
@@ -132,6 +145,6 @@ int32_t llaisysHasIsa(const char *name) {
     const int tier = llaisys::tier_by_name(name);
     if (tier < 0)
         return llaisys::set_error("has_isa", LLAISYS_ERROR_INVALID_ARGUMENT, "expected scalar, avx2, avx512 or amx");
-    return tier <= llaisys::best_tier();
+    return llaisys::has_tier(llaisys::Tier(tier));
 }
 }

@@ -1,0 +1,1 @@
+"""The commands of `llaisys`, one module each. `llaisys.cli` puts them together."""

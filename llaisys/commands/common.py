@@ -1,0 +1,130 @@
+"""What the commands share: their errors, exit statuses, choices of options, and the loading of a model.
+
+Whatever is heavy is imported inside the functions.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ParamSpec, TextIO
+
+import typer
+
+from ..errors import LlaisysError
+
+if TYPE_CHECKING:
+    from ..models import Qwen2
+
+P = ParamSpec("P")
+
+EXIT_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 130, 141
+
+
+class Backend(str, Enum):
+    """What computes the model."""
+
+    native = "native"
+    reference = "reference"
+
+
+class StorageType(str, Enum):
+    """Storage types of weights, activations and KV cache."""
+
+    f32 = "f32"
+    f16 = "f16"
+    bf16 = "bf16"
+
+
+class Isa(str, Enum):
+    """Instruction set tiers."""
+
+    scalar = "scalar"
+    avx2 = "avx2"
+    avx512 = "avx512"
+    amx = "amx"
+
+
+# ------------------------------------------------------------------ errors
+
+
+class Options:
+    """Of the command as a whole, set before one of its commands runs."""
+
+    traceback = False
+
+
+def command(function: Callable[P, None]) -> Callable[P, None]:
+    """A command whose errors are one line on stderr and an exit status of 1; 130 after Ctrl-C."""
+
+    @functools.wraps(function)
+    def inner(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            function(*args, **kwargs)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # Whoever read our output has enough. Python would complain once more when it flushes at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(EXIT_BROKEN_PIPE) from None
+        except KeyboardInterrupt:
+            if Options.traceback:
+                traceback.print_exc()
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+        except (LlaisysError, MemoryError) as error:
+            if Options.traceback:
+                traceback.print_exc()
+            complain(str(error) or "out of memory")
+            raise typer.Exit(EXIT_ERROR) from None
+
+    return inner
+
+
+def complain(message: str) -> None:
+    """`llaisys: error: ...` on stderr, in one line whatever a file name or a library put into the message."""
+    text = " ".join(printable(message).split())
+    red, plain = ("\033[31m", "\033[0m") if colours(sys.stderr) else ("", "")
+    print(f"llaisys: {red}error:{plain} {text}", file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """`text` without control characters, which could steer a terminal; line ends and tabs stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+def colours(stream: TextIO) -> bool:
+    """Whether `stream` is a terminal that shows colours, and nobody asked for none."""
+    return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+
+
+# ------------------------------------------------------------------- model
+
+
+def load_model(model: str, backend: str, dtype: str | None, threads: int | None) -> Qwen2:
+    """The model, with a progress bar at a terminal if it takes longer than half a second."""
+    from ..models import Qwen2
+
+    options: dict[str, Any] = {"backend": backend, "dtype": dtype, "num_threads": threads}
+    if not sys.stderr.isatty():
+        return Qwen2(model, **options)
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(binary_units=True))
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task("")
+    begin = time.perf_counter()
+
+    def progress(done: int, total: int) -> None:
+        bar.update(task, completed=done, total=total)
+        if time.perf_counter() - begin > 0.5:
+            bar.start()  # once it runs, this does nothing
+
+    try:
+        return Qwen2(model, progress=progress, **options)
+    finally:
+        bar.stop()
