@@ -90,6 +90,10 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llaisysQwen2ModelCreate": (c_void_p, (POINTER(LlaisysQwen2Meta), c_int, POINTER(c_int), c_int)),
     "llaisysQwen2ModelDestroy": (c_int32, (c_void_p,)),
     "llaisysQwen2ModelLoadTensor": (c_int32, (c_void_p, c_char_p, c_void_p, POINTER(c_size_t), c_size_t, c_int)),
+    "llaisysQwen2ModelLoadRows": (
+        c_int32,
+        (c_void_p, c_char_p, c_void_p, POINTER(c_size_t), c_size_t, c_int, c_size_t, c_size_t),
+    ),
     "llaisysQwen2ModelSetAttentionBias": (c_int32, (c_void_p, c_int32)),
     "llaisysQwen2ModelReset": (c_int32, (c_void_p,)),
     "llaisysQwen2ModelInfer": (c_int64, (c_void_p, POINTER(c_int64), c_size_t)),

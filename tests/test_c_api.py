@@ -24,7 +24,7 @@ from llaisys.models.native import NativeModel
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "generate.c"
 CONFIG = Checkpoint.open("tiny").config
-INVALID, SHAPE, DTYPE, INDEX, HANDLE, STATE = -1, -2, -3, -6, -7, -8
+INVALID, SHAPE, DTYPE, INDEX, HANDLE, STATE, OUT_OF_MEMORY = -1, -2, -3, -6, -7, -8, -9
 
 
 class Model:
@@ -166,6 +166,39 @@ def test_load_refuses(model: Model) -> None:
     assert model.load("model.norm.weight", norm) == 1
     assert model.load("model.norm.weight", norm) == STATE, "doubles are refused"
     assert model.lib.llaisysQwen2ModelSetAttentionBias(model.handle, 0) == STATE, "too late"
+
+
+def test_load_in_parts(model: Model) -> None:
+    """The rows of a weight in any order; nothing is there before all of them are, and none may come twice."""
+    name = "model.embed_tokens.weight"
+    model.load_all(but=name)
+    weight = Checkpoint.open("tiny").tensor(name)
+
+    def load(begin: int, end: int) -> int:
+        shape = (ctypes.c_size_t * 2)(*weight.shape)
+        part = weight[begin:end]
+        status: int = model.lib.llaisysQwen2ModelLoadRows(
+            model.handle, name.encode(), part.ctypes.data, shape, 2, DataType.BF16, begin, end
+        )
+        return status
+
+    rows = len(weight)
+    assert load(100, rows) == 1 and load(0, 40) == 1 and load(50, 50) == 1
+    for begin, end in ((0, 1), (39, 41), (99, 101), (0, rows), (rows - 1, rows)):
+        assert load(begin, end) == STATE and name in _lib.last_error(), (begin, end)
+    assert load(rows, rows + 1) == INVALID and load(41, 40) == INVALID and str(rows) in _lib.last_error()
+    assert model.infer([1]) == STATE and name in _lib.last_error(), "60 rows are missing"
+    assert load(40, 100) == 1
+    assert model.load(name, weight) == STATE
+    assert model.infer([1, 2, 3]) == fresh_answer([1, 2, 3])
+    assert load(0, 1) == STATE, "the model has run"
+
+
+def test_a_model_beyond_the_address_space_is_refused() -> None:
+    model = Model(nlayer=1 << 12, hs=1 << 20, di=1 << 24)
+    assert model.handle
+    assert model.load("model.norm.weight", np.ones(1 << 20, np.float32)) == OUT_OF_MEMORY
+    assert model.destroy() == 0
 
 
 def test_create_refuses() -> None:

@@ -80,8 +80,18 @@ int32_t llaisysQwen2ModelDestroy(LlaisysQwen2Model *model) {
 int32_t llaisysQwen2ModelLoadTensor(LlaisysQwen2Model *model, const char *name, const void *data, const size_t *shape,
                                     size_t ndim, LlaisysDataType dtype) {
     bool taken = false;
-    const int32_t status =
-        guarded("Qwen2ModelLoadTensor", [&] { taken = models().get(model)->load(name, data, shape, ndim, dtype); });
+    const int32_t status = guarded("Qwen2ModelLoadTensor", [&] {
+        taken = models().get(model)->load({name, data, shape, ndim, dtype, 0, SIZE_MAX, false});
+    });
+    return status == LLAISYS_OK ? taken : status;
+}
+
+int32_t llaisysQwen2ModelLoadRows(LlaisysQwen2Model *model, const char *name, const void *data, const size_t *shape,
+                                  size_t ndim, LlaisysDataType dtype, size_t begin, size_t end) {
+    bool taken = false;
+    const int32_t status = guarded("Qwen2ModelLoadRows", [&] {
+        taken = models().get(model)->load({name, data, shape, ndim, dtype, begin, end, true});
+    });
     return status == LLAISYS_OK ? taken : status;
 }
 

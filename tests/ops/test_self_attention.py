@@ -23,6 +23,7 @@ def random_call(dtype: str, tokens: int, length: int, heads: int, groups: int, d
 
 class TestSelfAttention(OperatorTests):
     name = "self_attention"
+    alike = {"f16": 0.99, "bf16": 0.6}  # bf16 dot products round the probabilities to T, which the twin does not
 
     @pytest.mark.parametrize("length", [n * BLOCK + i for n in (1, 2, 3) for i in (-1, 0, 1)])
     def test_lengths_around_blocks(self, dtype: str, tier: str, length: int) -> None:
