@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .commands.bench import bench
 from .commands.common import Options
 from .commands.doctor import doctor
 from .commands.generate import generate
@@ -80,6 +81,7 @@ def _root(
 
 app.command()(generate)
 app.command()(doctor)
+app.command()(bench)
 
 
 if __name__ == "__main__":

@@ -172,7 +172,9 @@ SPEC = Spec(
         Probe("values all positive", FUTURE, lambda v: {"v": abs(v["v"])}),
     ),
     errors=(*SIZE_ERRORS, *SCALE_ERRORS),
-    bench=qwen2_bench(lambda m: {"attn": {x: m[x] for x in "TSHKD"}}),
+    bench=qwen2_bench(
+        lambda m: {"attn": {x: m[x] for x in "TSHKD"}}, more=(("decode", 1, 2048), ("prefill", 2048, 2048))
+    ),
     flops=lambda d: 4 * d["H"] * d["D"] * visible_pairs(d),
     raises=(
         "ShapeError: S < T, H not a multiple of K, or sizes that do not match",

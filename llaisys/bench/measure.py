@@ -1,17 +1,17 @@
-"""How the benchmarks measure: calls of several implementations in turns, cold weights, the roof of memory reads."""
+"""How the benchmarks measure: calls of several implementations in turns, on as many threads, with cold weights."""
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from threadpoolctl import threadpool_limits
+from .._lib import set_num_threads
 
 #: Seconds of one uninterrupted series of calls. Shorter ones would measure how threads wake up, longer ones would not
 #: see the same noise of the machine as those of the other implementations.
@@ -85,21 +85,23 @@ def last_level_cache() -> int:
     return max(sizes)
 
 
-@cache
-def read_roof(threads: int) -> float:
-    """Bytes per second at which `threads` threads read memory, at best: the larger of two plain ways to read it all."""
-    data = np.ones(max(256 << 20, 4 * last_level_cache()) // 8, np.int64)
-    parts = np.array_split(data, threads)
-    floats = [part.view(np.float32) for part in parts]
-    ways: list[tuple[Callable[[Any], Any], list[Any]]] = [
-        (np.bitwise_or.reduce, parts),
-        (lambda x: np.dot(x, x), floats),
-    ]
-    best = float("inf")
-    with threadpool_limits(1), ThreadPoolExecutor(threads) as pool:
-        for _ in range(9):
-            for way, pieces in ways:
-                start = time.perf_counter()
-                list(pool.map(way, pieces))
-                best = min(best, time.perf_counter() - start)
-    return data.nbytes / best
+def installed(module: str) -> bool:
+    """Whether `module` can be imported, without importing it."""
+    return find_spec(module) is not None
+
+
+@contextmanager
+def same_threads(count: int) -> Iterator[None]:
+    """llaisys, torch and, where threadpoolctl is installed, numpy's BLAS use `count` threads."""
+    set_num_threads(count)
+    with ExitStack() as stack:
+        if installed("torch"):
+            import torch
+
+            torch.set_num_threads(count)
+            stack.enter_context(torch.inference_mode())
+        if installed("threadpoolctl"):
+            from threadpoolctl import threadpool_limits
+
+            stack.enter_context(threadpool_limits(count))
+        yield
