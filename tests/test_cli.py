@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pytest
 
 import llaisys
 from checkpoints import plain_weights, write_plain
+from llaisys.folder import ModelFolder
 from llaisys.models import Qwen2
 
 PROMPT = "def fibonacci(n):"
@@ -188,19 +189,46 @@ def test_a_broken_pipe_is_no_error() -> None:
     assert child.wait() == 141
 
 
-def test_ctrl_c() -> None:
-    command = [sys.executable, "-m", "llaisys", "generate", "-p", PROMPT, "-n", "2000", "--backend", "reference"]
-    command += ["--temperature", "1"]
+def test_ctrl_c(tmp_path: Path) -> None:
+    # The embedded model without end tokens, so that it goes on until it is stopped.
+    folder = Path(shutil.copytree(ModelFolder.locate("tiny").root, tmp_path / "endless"))
+    for file in (folder / "config.json", folder / "generation_config.json"):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": None}))
+    command = [sys.executable, "-m", "llaisys", "generate", str(folder), "-p", PROMPT, "-n", "2000"]
+    command += ["--backend", "reference"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
     assert child.stdout is not None and child.stderr is not None
     child.stdout.read(len(PROMPT) + 1)
-    time.sleep(0.2)
     child.send_signal(signal.SIGINT)
     assert child.stderr.read() == b""
     assert child.stdout.read().endswith(b"\n")
     child.stderr.close()
     child.stdout.close()
     assert child.wait() == 130
+
+
+@pytest.mark.parametrize(
+    ("when", "status"),
+    [
+        ("sys.meta_path.insert(0, Finder())", -signal.SIGINT),
+        ("atexit.register(interrupt)", 0),
+    ],
+    ids=["as modules load", "when all is done"],
+)
+def test_ctrl_c_before_and_after_the_command(when: str, status: int) -> None:
+    """Without a traceback; what was finished counts as finished."""
+    code = f"""
+import atexit, os, signal, sys
+from llaisys.__main__ import main
+def interrupt(): os.kill(os.getpid(), signal.SIGINT)
+class Finder:
+    def find_spec(self, *_): interrupt()
+{when}
+sys.argv = ["llaisys", "--version"]
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment(), check=False)
+    assert done.returncode == status and done.stderr == b""
 
 
 # ------------------------------------------------------------ the command

@@ -233,8 +233,22 @@ import time, signal, sys, threading
 import numpy as np, llaisys
 from llaisys import ops
 llaisys.set_isa("scalar"); llaisys.set_num_threads(1)
-x, w = np.ones((4096, 4096), np.float32), np.ones((8192, 4096), np.float32)
-ops.linear(x[:1], w[:1])
+w = np.ones((1024, 4096), np.float32)
+
+def ones(count):  # that many rows of one row's memory
+    return np.lib.stride_tricks.as_strided(w, (count, 4096), (0, 4))
+
+def seconds(x):
+    start = time.monotonic()
+    ops.linear(x, w)
+    return time.monotonic() - start
+
+def long(wanted):  # an x for which linear(x, w) takes about `wanted` seconds, whatever machine and kernels
+    count, took = 16, 0
+    while took < 0.1:
+        count *= 2
+        took = min(seconds(ones(count)) for _ in range(2))
+    return ones(int(count * wanted / took) + 1)
 """
 
 
@@ -262,6 +276,7 @@ def interrupt(code: str, expect: str, setup: str = LONG) -> tuple[float, str]:
 def test_ctrl_c_ends_a_long_call(threads: int) -> None:
     code = f"""
 llaisys.set_num_threads({threads})
+x = long(10)
 print("ready", flush=True)
 try: ops.linear(x, w)
 except KeyboardInterrupt: print("interrupted", time.monotonic())
@@ -269,7 +284,7 @@ else: print("finished", time.monotonic())
 assert (ops.add(x[:2], x[:2]) == 2).all()
 """
     # 200 ms are promised; a busy machine may need another try.
-    assert min(interrupt(code, "interrupted")[0] for _ in range(2)) < 0.2
+    assert any(interrupt(code, "interrupted")[0] < 0.2 for _ in range(4))
 
 
 def test_an_exception_of_a_handler_comes_out_of_the_call() -> None:
@@ -277,6 +292,7 @@ def test_an_exception_of_a_handler_comes_out_of_the_call() -> None:
 class Mine(BaseException): pass
 def handler(*_): raise Mine
 signal.signal(signal.SIGINT, handler)
+x = long(10)
 print("ready", flush=True)
 for _ in range(2):
     try: ops.linear(x, w)
@@ -284,30 +300,34 @@ for _ in range(2):
     signal.setitimer(signal.ITIMER_REAL, 0.2); signal.signal(signal.SIGALRM, handler)
 """
     seconds, out = interrupt(code, "mine")
-    assert seconds < 1 and out.count("mine") == 2
+    assert seconds < 5 and out.count("mine") == 2
 
 
 def test_a_handler_that_does_not_raise_does_not_end_the_call() -> None:
     code = """
-x = x[:256]
+x = long(4)
 signal.signal(signal.SIGINT, lambda *_: print("handled", time.monotonic()))
 print("ready", flush=True)
 y = ops.linear(x, w)
-assert (y == 4096).all(); print("finished")
+print("finished", time.monotonic())
+assert (y == 4096).all(); print("right")
 """
     seconds, out = interrupt(code, "handled")
-    assert seconds < 1 and "finished" in out
+    lines = out.split()
+    assert lines[::2] == ["handled", "finished", "right"] and seconds < 2
+    assert float(lines[3]) - float(lines[1]) > 0.5  # it went on for long
 
 
 def test_ctrl_c_when_another_thread_loaded_the_library() -> None:
     load = "t = threading.Thread(target=llaisys.isas); t.start(); t.join(); assert llaisys._lib.PENDING\n"
     code = """
+x = long(10)
 print("ready", flush=True)
 try: ops.linear(x, w)
 except KeyboardInterrupt: print("interrupted", time.monotonic())
 """
     setup = LONG.replace("llaisys.set_isa", load + "llaisys.set_isa")
-    assert interrupt(code, "interrupted", setup)[0] < 1
+    assert interrupt(code, "interrupted", setup)[0] < 5
 
 
 # ------------------------------------------------------------------------ fork
@@ -317,6 +337,7 @@ except KeyboardInterrupt: print("interrupted", time.monotonic())
 def test_operators_and_ctrl_c_after_fork(fork_in_thread: bool) -> None:
     code = f"""
 llaisys.set_num_threads(2)
+x = long(10)
 assert (ops.linear(x[:64], w[:64]) == 4096).all()
 def child():
     pid = os.fork()
@@ -326,7 +347,7 @@ def child():
         signal.signal(signal.SIGALRM, handler); signal.setitimer(signal.ITIMER_REAL, 0.3)
         start = time.monotonic()
         try: ops.linear(x, w)
-        except KeyboardInterrupt: ok = ok and time.monotonic() - start < 2
+        except KeyboardInterrupt: ok = ok and time.monotonic() - start < 5
         else: ok = False
         os._exit(0 if ok else 1)
     print("status", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))

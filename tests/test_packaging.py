@@ -83,7 +83,7 @@ def test_import_is_quick_and_leaves_torch_alone(tmp_path: Path) -> None:
 
 def test_module_and_command_are_one_program(tmp_path: Path) -> None:
     (command,) = importlib.metadata.entry_points(group="console_scripts", name="llaisys")
-    assert command.value == "llaisys.cli:main"
+    assert command.value == "llaisys.__main__:main"
     done = subprocess.run(
         [sys.executable, "-m", "llaisys", "--version"], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )

@@ -84,17 +84,16 @@ Work roof_bf16(int64_t rounds) {
     return {rounds * 4 * 16 * 16 * 32 * 2, sums[0][0]};
 }
 
-#elif defined(__AVX512F__)
+#elif defined(__AVX512BF16__)
 
-// vdpbf16ps by name, as the tier is compiled without AVX512_BF16, which not every processor with the tier has.
 ComputeFn roof_bf16;
 Work roof_bf16(int64_t rounds) {
     constexpr int SUMS = 24;
-    const __m512i a = _mm512_set1_epi16(0x3a80), b = _mm512_set1_epi16(0x3b00);
+    const auto a = __m512bh(_mm512_set1_epi16(0x3a80)), b = __m512bh(_mm512_set1_epi16(0x3b00));
     __m512 sum[SUMS];
     for (__m512 &s : sum) s = _mm512_setzero_ps();
     for (int64_t i = 0; i < rounds; ++i)
-        for (__m512 &s : sum) __asm__("vdpbf16ps %2, %1, %0" : "+v"(s) : "v"(a), "v"(b));
+        for (__m512 &s : sum) s = _mm512_dpbf16_ps(s, a, b);
     __m512 total = _mm512_setzero_ps();
     for (const __m512 s : sum) total = _mm512_add_ps(total, s);
     return {rounds * SUMS * 32 * 2, hsum({total})};
@@ -125,9 +124,9 @@ namespace llaisys {
 LLAISYS_KERNEL(roof_read, ReadFn);
 LLAISYS_KERNEL(roof_f32, ComputeFn);
 #if defined(__x86_64__)
-namespace avx512 { ComputeFn roof_bf16; }
+namespace avx512bf16 { ComputeFn roof_bf16; }
 namespace amx { ComputeFn roof_bf16; }
-static constexpr Kernel<ComputeFn> roof_bf16_kernel(nullptr, nullptr, avx512::roof_bf16, amx::roof_bf16);
+static constexpr Kernel<ComputeFn> roof_bf16_kernel(nullptr, nullptr, nullptr, amx::roof_bf16, avx512bf16::roof_bf16);
 #else
 static constexpr Kernel<ComputeFn> roof_bf16_kernel(nullptr, nullptr, nullptr, nullptr);
 #endif
@@ -209,13 +208,13 @@ double measure(const char *roof, double seconds) {
         bool there;
     };
     if (std::strcmp(roof, "read") == 0) return measure_read(seconds);
-    const auto &f32 = roof_f32_kernel.tier, &bf16 = roof_bf16_kernel.tier;
+    const auto &f32 = roof_f32_kernel.tier;
     const Compute all[] = {
         {"scalar_f32", f32[SCALAR], true},
         {"avx2_f32", f32[AVX2], has_tier(AVX2)},
         {"avx512_f32", f32[AVX512], has_tier(AVX512)},
-        {"avx512_bf16", bf16[AVX512], has_tier(AVX512) && has_avx512_bf16()},
-        {"amx_bf16", bf16[AMX], has_tier(AMX)},
+        {"avx512_bf16", roof_bf16_kernel.bf16, has_tier(AVX512) && has_avx512_bf16()},
+        {"amx_bf16", roof_bf16_kernel.tier[AMX], has_tier(AMX)},
     };
     for (const Compute &one : all)
         if (std::strcmp(roof, one.name) == 0) {

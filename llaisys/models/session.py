@@ -40,6 +40,8 @@ class Engine(Protocol):
 
 def as_tokens(label: str, token_ids: Any, vocab_size: int) -> Array:
     """`token_ids`, a list or a one-dimensional array of integers in [0, vocab_size), as int64 [T]."""
+    if type(token_ids) is list and len(token_ids) == 1 and type(token_ids[0]) is int and 0 <= token_ids[0] < vocab_size:
+        return np.array(token_ids, np.int64)  # what generate asks for at every token: a third of the general way
     if isinstance(token_ids, (str, bytes)):
         raise DTypeError(f"{label}: expected token ids, found text; model.tokenizer.encode(text) gives its ids")
     try:
@@ -63,7 +65,7 @@ class Tap:
     """A callback that watches nodes; ends with `remove()` or as a context manager."""
 
     def __init__(
-        self, watchers: _Watchers, callback: Callable[[Node], Any], sites: frozenset[str], copy: bool, replace: bool
+        self, watchers: _Watchers, callback: Callable[[Node], Any], sites: frozenset[str] | None, copy: bool, replace: bool
     ) -> None:
         self._watchers, self._callback, self.sites = watchers, callback, sites
         self._copy, self._replace = copy, replace
@@ -112,7 +114,7 @@ class _Watchers:
             engine.observe(observer)
 
     def show(self, site: str, op: str, make: Callable[[], Node]) -> None:
-        wanted = [tap for tap in self.taps if site in tap.sites]
+        wanted = [tap for tap in self.taps if tap.sites is None or site in tap.sites]
         if wanted:
             node = make()
             for tap in wanted:
@@ -151,7 +153,8 @@ class Session:
         count = len(tokens) if last is None else last
         if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or not 0 <= count <= len(tokens):
             raise InvalidArgumentError(f"last: expected 0 to {len(tokens)}, the number of tokens, found {last!r}")
-        with self._exclusive():
+        self._acquire()
+        try:
             length = self._engine.length
             if length + len(tokens) > config.max_position_embeddings:
                 raise InvalidArgumentError(
@@ -162,6 +165,8 @@ class Session:
             if not len(tokens):
                 return np.empty((0, config.vocab_size), np.float32)
             return self._engine.forward(tokens, int(count))
+        finally:
+            self._busy.release()
 
     def truncate(self, length: int) -> None:
         """Drop all but the first `length` tokens."""
@@ -216,7 +221,7 @@ class Session:
         if not callable(callback):
             raise InvalidArgumentError(f"callback: expected a function of one node, found {callback!r}")
         patterns = [sites] if isinstance(sites, str) else sites
-        chosen: frozenset[str] = frozenset(self._sites)
+        chosen: frozenset[str] | None = None  # whatever the engine shows
         if patterns is not None:
             chosen = frozenset(site for some in select("sites", patterns, self._sites).values() for site in some)
         with self._exclusive():
@@ -228,10 +233,13 @@ class Session:
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
-        self._check_open()
-        if not self._busy.acquire(blocking=False):
-            raise StateError("the session is in use by another call; give each thread a session of its own")
+        self._acquire()
         try:
             yield
         finally:
             self._busy.release()
+
+    def _acquire(self) -> None:
+        self._check_open()
+        if not self._busy.acquire(blocking=False):
+            raise StateError("the session is in use by another call; give each thread a session of its own")
