@@ -164,12 +164,14 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_shares_of_the_roof() -> None:
     """Worked out by hand: 1 GFLOP and 50 MB in 10 ms."""
     case = Case(SPECS["linear"], BenchCase("c", {"...": (10,), "N": 5000, "C": 10000}, "decode", ""), "f32")
-    result = Result(case, {"native": (2, [0.02, 0.02, 0.04]), "torch": (1, [0.03])}, {"native": 0.5, "torch": 0.5})
+    result = Result(
+        case, {"native": (2, [0.02, 0.02, 0.04]), "torch": (1, [0.03])}, {"native": 0.5, "torch": 0.5}, 25e9
+    )
     row = result.row("native", ROOFS_OF_A_MACHINE)
     assert row["microseconds"] == pytest.approx(10e3) and row["speed_relative_to_torch"] == pytest.approx(3)
     nbytes = 4 * (10 * 10000 + 5000 * 10000 + 5000 + 10 * 5000)
     assert row["bytes"] == nbytes and row["flops"] == 10**9 and row["gflops"] == pytest.approx(100)
-    assert row["roof"] == "read" and row["roof_percent"] == pytest.approx(100 * nbytes / 50e9 / 0.01)
+    assert row["roof"] == "read" and row["roof_percent"] == pytest.approx(100 * nbytes / 25e9 / 0.01)
 
 
 def test_every_operator_has_cases_of_both_models() -> None:
@@ -347,11 +349,11 @@ def test_the_rows_of_a_model() -> None:
     values = {**parsed.__dict__, **fields, "head_dim": 128, "max_position_embeddings": 4096}
     one = type(parsed)(**{name: values[name] for name in parsed.__dataclass_fields__})
     process = {"seconds": {"decode 128": [0.1, 0.2, 0.3], "load": [1.0]}, "peak_rss_bytes": 4 << 30}
-    runs = models.ModelRuns("1.5B", "bf16", one, {"native": [process], "transformers": [process, process]})
+    runs = models.ModelRuns("1.5B", "bf16", one, {"native": [process], "transformers": [process, process]}, 25e9)
     row = runs.row("native", "decode 128", ROOFS_OF_A_MACHINE)
     assert row["tokens_per_second"] == pytest.approx(5) and row["speed_relative_to_transformers"] == 1
     assert row["bytes"] == pytest.approx(3.087e9, rel=0.003) and row["roof"] == "read"
-    assert row["roof_percent"] == pytest.approx(100 * row["bytes"] / 50e9 / 0.2)
+    assert row["roof_percent"] == pytest.approx(100 * row["bytes"] / 25e9 / 0.2)
     loading = runs.row("native", "load", ROOFS_OF_A_MACHINE)
     assert loading["peak_rss_gib"] == 4 and 100 < loading["rss_limit_percent"] < 115
     data = {"llaisys": "0", "machine": {"roofs": {"read": 1.0}, "threads": 2}, "rows": [row, loading]}

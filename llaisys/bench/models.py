@@ -150,12 +150,14 @@ def _write_weights(folder: Path, config: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class ModelRuns:
-    """What the processes of each engine said, by engine (see `llaisys.bench.worker`)."""
+    """What the processes of each engine said, by engine (see `llaisys.bench.worker`), and the roof of memory reads, the
+    median of measurements between them."""
 
     size: str
     dtype: str
     config: Qwen2Config
     processes: dict[str, list[dict[str, Any]]]
+    read_roof: float
 
     def times(self, engine: str, case: str) -> list[float]:
         """All times of a case in seconds: of a prompt, of one token, or of loading."""
@@ -209,10 +211,11 @@ class ModelRuns:
         flops = 2 * (rows * matrices + embedding) + attention
         nbytes = (matrices + embedding) * itemsize + self._kv(tokens)
         unit, most = roofs.unit(_lib.isa(), self.dtype)
-        read, compute = nbytes / roofs.read / seconds, flops / most / seconds
+        read, compute = nbytes / self.read_roof / seconds, flops / most / seconds
         return {
             "flops": flops,
             "bytes": nbytes,
+            "read_roof_gbytes_per_second": self.read_roof / 1e9,
             "gbytes_per_second": nbytes / seconds / 1e9,
             "gflops": flops / seconds / 1e9,
             "roof": unit if compute > read else "read" if nbytes > last_level_cache() else "cache",
@@ -240,11 +243,13 @@ def run_model(
             while file.read(1 << 24):
                 pass
     processes: dict[str, list[dict[str, Any]]] = {engine: [] for engine in engines}
+    read: list[float] = []
     for number in range(rounds):
+        read.append(_lib.measure_roof("read", 0.1))
         for engine in engines:
             say(f"model {size} {dtype}: {engine}, process {number + 1} of {rounds}")
             processes[engine].append(_process(engine, folder, dtype, threads, cases_of(config)))
-    return ModelRuns(size, dtype, config, processes)
+    return ModelRuns(size, dtype, config, processes, median(read))
 
 
 def _process(engine: str, folder: Path, dtype: str, threads: int, cases: list[str]) -> dict[str, Any]:
