@@ -332,6 +332,17 @@ def num_threads() -> int:
     return check_call(library().llaisysNumThreads())
 
 
+def measure_roof(roof: str, seconds: float) -> float:
+    """What the machine does per second at best on the threads in use; see llaisysMeasureRoof in llaisys.h.
+
+    UnsupportedError if this machine lacks it, InvalidArgumentError if there is no such roof or `seconds` is not in 0 to
+    60.
+    """
+    result = c_double()
+    check_call(library().llaisysMeasureRoof(roof.encode(), seconds, ctypes.byref(result)))
+    return result.value
+
+
 def _tier(name: str) -> bytes:
     if not isinstance(name, str) or name not in TIERS:
         raise InvalidArgumentError(f"isa: expected one of {', '.join(TIERS)}, found {name!r}")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .commands.bench import bench
 from .commands.check import check
 from .commands.common import Options
 from .commands.diff import diff, trace_diff
@@ -87,6 +88,7 @@ app.command(name="trace-diff")(trace_diff)
 app.command()(doctor)
 app.command()(check)
 app.command()(replay)
+app.command()(bench)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..bounds import TINY32, U32, Array, Oracle, half_ulp, random_sum, unit, walk
 from ..numerics import cast, f32, f64, quiet
-from ..spec import FLOATS, Arg, BenchCase, Constraint, Dims, ErrorCase, Probe, Scalar, Spec, qwen2_bench
+from ..spec import FLOATS, Arg, Constraint, Dims, ErrorCase, Probe, Scalar, Spec, qwen2_bench
 
 
 @quiet
@@ -233,10 +233,8 @@ SPEC = Spec(
     ),
     shared={"T": 140, "S": 270, "H": 6, "K": 2, "D": 48},
     errors=(*SIZE_ERRORS, *SCALE_ERRORS),
-    bench=(
-        *qwen2_bench(lambda m: {"attn": {x: m[x] for x in "TSHKD"}}),
-        BenchCase("1.5B attn decode after 2048", dims_of((1, 2048, 12, 2, 128))[0], "decode", "1.5B"),
-        BenchCase("1.5B attn prefill 2048", dims_of((2048, 2048, 12, 2, 128))[0], "prefill", "1.5B"),
+    bench=qwen2_bench(
+        lambda m: {"attn": {x: m[x] for x in "TSHKD"}}, more=(("decode", 1, 2048), ("prefill", 2048, 2048))
     ),
     flops=lambda d: 4 * d["H"] * d["D"] * visible_pairs(d),
     raises=(
