@@ -9,7 +9,7 @@ import numpy as np
 
 from ..bounds import TINY32, U32, Array, Oracle, half_ulp, random_sum, unit, walk
 from ..numerics import cast, f32, f64, quiet
-from ..spec import FLOATS, Arg, BenchCase, Constraint, Dims, ErrorCase, Probe, Scalar, Spec, qwen2_bench
+from ..spec import FLOATS, Arg, Constraint, Dims, ErrorCase, Probe, Scalar, Spec, qwen2_bench
 
 
 @quiet
@@ -133,6 +133,19 @@ def with_ramp(values: dict[str, Any]) -> dict[str, Any]:
     return {"q": np.ones_like(values["q"]), "k": k}
 
 
+def with_scores(values: dict[str, Any], first: float, last: float) -> dict[str, Any]:
+    """Scores from `first` for the first key to `last`: without the maximum taken off, exp would overflow or be 0."""
+    scores = np.linspace(first, last, len(values["k"])) / values["k"].shape[-1]
+    k = np.broadcast_to(scores[:, None, None], values["k"].shape).astype(values["k"].dtype)
+    return {"q": np.ones_like(values["q"]), "k": k, "scale": 1.0}
+
+
+def with_integers(values: dict[str, Any]) -> dict[str, Any]:
+    """Equal scores and a power of two of keys: the average of small integers, exactly. Each head has others."""
+    rng = np.random.default_rng(7)
+    return {"q": np.zeros_like(values["q"]), "v": rng.integers(-99, 100, values["v"].shape).astype(values["v"].dtype)}
+
+
 def dims_of(*rows: tuple[int, int, int, int, int]) -> tuple[Dims, ...]:
     """Sizes given as (T, S, H, K, D)."""
     return tuple(dict(zip("TSHKD", row, strict=True)) for row in rows)
@@ -173,6 +186,19 @@ def visible_pairs(d: Dims) -> int:
     return int(d["T"] * d["S"] - d["T"] * (d["T"] - 1) // 2)
 
 
+#: Scores that are what the keys say, of queries that are not rotated.
+SCORES = (
+    Probe("scores of 200", dims_of((2, 150, 2, 1, 16))[0], lambda v: with_scores(v, 200, 200)),
+    Probe("scores of -200", dims_of((2, 150, 2, 1, 16))[0], lambda v: with_scores(v, -200, -200)),
+    Probe("scores rising to 200", dims_of((2, 300, 2, 1, 16))[0], lambda v: with_scores(v, -200, 200)),
+    Probe("scores falling to -200", dims_of((2, 300, 2, 1, 16))[0], lambda v: with_scores(v, 200, -200)),
+    Probe("growing scores", dims_of((2, 300, 2, 1, 16))[0], with_ramp),
+)
+AVERAGES = tuple(
+    Probe(f"average of {s} integers", dims_of((1, s, 6, 3, 34))[0], with_integers, exact=True)
+    for s in (1, 2, 8, 128, 256)
+)
+
 SPEC = Spec(
     name="self_attention",
     summary="Causal attention of T queries over S cached and new keys, with grouped heads.",
@@ -201,14 +227,14 @@ SPEC = Spec(
         Probe("scores alike", FUTURE, lambda v: times(v, q=0)),
         Probe("scale 0", FUTURE, lambda v: {"scale": 0.0}),
         Probe("negative scale", FUTURE, lambda v: {"scale": -v["scale"]}),
-        Probe("growing scores", dims_of((2, 300, 2, 1, 16))[0], with_ramp),
+        *SCORES,
+        *AVERAGES,
         Probe("values all positive", FUTURE, lambda v: {"v": abs(v["v"])}),
     ),
+    shared={"T": 140, "S": 270, "H": 6, "K": 2, "D": 48},
     errors=(*SIZE_ERRORS, *SCALE_ERRORS),
-    bench=(
-        *qwen2_bench(lambda m: {"attn": {x: m[x] for x in "TSHKD"}}),
-        BenchCase("1.5B attn decode after 2048", dims_of((1, 2048, 12, 2, 128))[0], "decode", "1.5B"),
-        BenchCase("1.5B attn prefill 2048", dims_of((2048, 2048, 12, 2, 128))[0], "prefill", "1.5B"),
+    bench=qwen2_bench(
+        lambda m: {"attn": {x: m[x] for x in "TSHKD"}}, more=(("decode", 1, 2048), ("prefill", 2048, 2048))
     ),
     flops=lambda d: 4 * d["H"] * d["D"] * visible_pairs(d),
     raises=(

@@ -18,7 +18,6 @@ FAR = (4095, 4096, 4097, 32768, 131071, 10**6, 2**24 - 1, 2**24, 2**24 + 1, 2**3
 
 class TestRope(OperatorTests):
     name = "rope"
-    big = {"T": 150, "H": 7, "D": 80}
     alike = {"f32": 0.99, "f16": 0.999, "bf16": 0.999}
 
     @pytest.mark.parametrize("theta", [1.0, 1e4, 1e6])
