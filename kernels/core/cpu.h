@@ -10,6 +10,9 @@ enum Tier : int { SCALAR, AVX2, AVX512, AMX, TIERS };
 // The tier that operators run in now. Throws Failure if LLAISYS_ISA asks for what can not be had.
 Tier active_tier();
 
+// Whether processor and operating system let this process use AMX tiles.
+bool may_use_tiles();
+
 // Whether the processor has AVX512_BF16, which is no tier of its own: the avx512 tier uses it where it is there.
 bool has_avx512_bf16();
 
