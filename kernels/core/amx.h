@@ -13,8 +13,8 @@ struct alignas(64) TileConfig {
     uint8_t rows[16] = {};
 };
 
-// Assembly throughout: gcc 12's intrinsics want the registers as literals, and its _tile_loadconfig is taken to read fewer
-// bytes than it does, so that stores to the others are dropped.
+// Assembly throughout: gcc 12's intrinsics want the registers as literals, and its _tile_loadconfig is taken to read
+// fewer bytes than it does, so that stores to the others are dropped.
 static inline void tile_configure(const TileConfig &config) {
     __asm__ volatile("ldtilecfg %0" : : "m"(config) : "memory");
 }

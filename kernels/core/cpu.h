@@ -34,14 +34,15 @@ struct Kernel {
 } // namespace llaisys
 
 // Declares `name` in the namespaces of the tiers and gathers them as `name_kernel`. Each operator is compiled once per
-// tier (see meson.build), so that only this declaration has to know of all of them. LLAISYS_KERNEL_BF16 is for those few
-// that have a kernel of their own for tiles and one for AVX512_BF16; in the others the amx tier uses the avx512 kernel.
+// tier (see meson.build), so that only this declaration has to know of all of them. LLAISYS_KERNEL_BF16 is for those
+// few that have a kernel of their own for tiles and one for AVX512_BF16; in the others the amx tier uses the avx512
+// kernel.
 #if defined(__x86_64__)
 #define LLAISYS_KERNEL(name, Fn)                                                                                       \
     namespace avx2 { Fn name; }                                                                                        \
     namespace avx512 { Fn name; }                                                                                      \
     static constexpr Kernel<Fn> name##_kernel(scalar::name, avx2::name, avx512::name, nullptr)
-#define LLAISYS_KERNEL_BF16(name, Fn)                                                                                   \
+#define LLAISYS_KERNEL_BF16(name, Fn)                                                                                  \
     namespace avx2 { Fn name; }                                                                                        \
     namespace avx512 { Fn name; }                                                                                      \
     namespace avx512bf16 { Fn name; }                                                                                  \
