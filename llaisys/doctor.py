@@ -300,6 +300,11 @@ def render(report: Report) -> None:
         console.print(Text(title, style="bold"))
         console.print(table)
         console.print()
+    if "roofs" in report.sections:
+        from .bench.report import roof_figures
+
+        console.print(roof_figures(report.sections["roofs"], report.sections["threads"]["in_use"]).rich())
+        console.print()
     findings = Table.grid(padding=(0, 2, 0, 0))
     findings.add_column(no_wrap=True)
     findings.add_column(overflow="fold")

@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -69,7 +68,7 @@ class Comparison:
             return FAULT
         rows = sum(site.rows for site in self.sites)
         open_sites = any(not s.equal and "pass" not in (s.a, s.b) for s in self.sites)
-        suspect = any("suspect" in (s.a, s.b) or "skipped" in (s.a, s.b) and not s.equal for s in self.sites)
+        suspect = any("suspect" in (s.a, s.b) or ("skipped" in (s.a, s.b) and not s.equal) for s in self.sites)
         return INCONCLUSIVE if not rows or open_sites or suspect else CERTIFIED
 
     def to_json(self) -> str:
