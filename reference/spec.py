@@ -290,15 +290,20 @@ QWEN2_SIZES: dict[str, dict[str, int]] = {
 }
 
 
-def qwen2_bench(shapes: Callable[[dict[str, int]], Mapping[str, Dims]]) -> tuple[BenchCase, ...]:
+def qwen2_bench(
+    shapes: Callable[[dict[str, int]], Mapping[str, Dims]],
+    more: tuple[tuple[Literal["decode", "prefill"], int, int], ...] = (),
+) -> tuple[BenchCase, ...]:
     """Bench cases of both model sizes, decode (T = 1) and prefill (T = 512), each with S = 512.
 
-    `shapes` maps the sizes to the dims of each use of the operator, by a short name of the use.
+    `shapes` maps the sizes to the dims of each use of the operator, by a short name of the use. `more` has further
+    phases, T and S, for the larger model; the titles of these cases end with S.
     """
-    phases: tuple[tuple[Literal["decode", "prefill"], int], ...] = (("decode", 1), ("prefill", 512))
+    phases: tuple[tuple[Literal["decode", "prefill"], int, int], ...] = (("decode", 1, 512), ("prefill", 512, 512))
     return tuple(
-        BenchCase(f"{model} {use} {phase}", dims, phase, model)
-        for model, sizes in QWEN2_SIZES.items()
-        for phase, tokens in phases
-        for use, dims in shapes({**sizes, "T": tokens, "S": 512}).items()
+        BenchCase(f"{model} {use} {phase}{end}", dims, phase, model)
+        for model, wanted, numbered in (*((model, phases, False) for model in QWEN2_SIZES), ("1.5B", more, True))
+        for phase, tokens, keys in wanted
+        for end in (f" {keys}" if numbered else "",)
+        for use, dims in shapes({**QWEN2_SIZES[model], "T": tokens, "S": keys}).items()
     )

@@ -166,15 +166,12 @@ class Watch:
             if found != expected:
                 messages.append(f"{name}: expected {expected!r}, found {found!r}")
         for name, weight in wiring.weights.items():
-            array = node.inputs.get(name)
+            array = entry.inputs[name] = node.inputs.get(name)
             if (array is None) != (weight is None):
                 messages.append(f"{name}: expected {weight or 'none'}, found {'none' if array is None else 'one'}")
             elif array is not None and weight is not None:
-                entry.inputs[name] = array
                 text = self._weights.check(weight, name, array)
                 messages += [text] if text else []
-            else:
-                entry.inputs[name] = None
         if wiring.positions is not None and not misshapen:
             positions = node.inputs[wiring.positions]
             assert positions is not None
@@ -253,7 +250,9 @@ class Watch:
         if messages:
             self._fault(entry, "STATE", "; ".join(messages), first, hypothesis)
 
-    def _fault(self, entry: Entry, certificate: str, message: str, position: int, hypothesis: str | None = None) -> None:
+    def _fault(
+        self, entry: Entry, certificate: str, message: str, position: int, hypothesis: str | None = None
+    ) -> None:
         scene = f"{self.scene}: " if self.scene != "run" else ""
         self._ledger.fault(
             entry.site, certificate, scene + message, position=position, step=entry.step, hypothesis=hypothesis
@@ -268,7 +267,9 @@ class Watch:
             difference = first_difference(head.astype(np.float32), logits[row : row + len(head)], nan=True)
             if difference is not None:
                 position = current.begin + len(current.tokens) - len(logits) + row + difference.index[0]
-                text = f"the logits that forward returned: expected what lm_head put out, found other bits, {difference}"
+                text = (
+                    f"the logits that forward returned: expected what lm_head put out, found other bits, {difference}"
+                )
                 self._ledger.fault("lm_head", "EDGE", text, position=position, step=current.step)
                 return
             row += len(head)

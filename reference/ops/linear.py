@@ -202,8 +202,9 @@ SPEC = Spec(
                 ("down_proj", m["E"], m["F"]),
                 ("lm_head", m["V"], m["E"]),
             ]
-            if use != "lm_head" or m["T"] == 1
-        }
+            if (m["T"] in (1, 512) or n * c > 1 << 22) and (use != "lm_head" or m["T"] < 128)
+        },
+        more=(("decode", 4, 4), ("decode", 16, 16), ("prefill", 128, 128)),
     ),
     flops=lambda d: 2 * math.prod(d["..."]) * d["N"] * d["C"],
     raises=("ShapeError: sizes that do not match", "DTypeError: the dtypes differ or are not f32, f16 or bf16"),

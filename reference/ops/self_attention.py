@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from ..bounds import U32, Array, Oracle, finfo, half_ulp, random_sum, unit, walk
+from ..bounds import TINY32, U32, Array, Oracle, finfo, half_ulp, random_sum, unit, walk
 from ..numerics import cast, f32, f64, quiet
-from ..spec import Arg, Constraint, Dims, ErrorCase, Probe, Scalar, Spec, qwen2_bench
+from ..spec import FLOATS, Arg, Constraint, Dims, ErrorCase, Probe, Scalar, Spec, qwen2_bench
 
 
 @quiet
@@ -76,6 +76,11 @@ def _attend(
     off = U32 * (walk(dim) + 2) * np.abs(scale) * (np.abs(q) @ np.abs(columns))
     if q_off.any():
         off = off + np.abs(scale) * random_sum(q_off @ np.abs(columns), q_off**2 @ columns**2)
+    # The bf16 dot products of AMX and AVX-512 read subnormal operands as zero and flush subnormal sums to zero.
+    tiny = TINY32 if dtype == FLOATS["bf16"] else 0.0
+    if tiny:
+        operands = np.abs(q).sum(axis=-1)[..., None] + np.abs(k).sum(axis=-1)[:, None]
+        off = off + np.abs(scale) * tiny * (operands + 2 * dim)
     # exp(s - max): the difference, the argument's reduction (2 |s - max|), and 8 u for exp itself, as in swiglu. What
     # the maximum is does not matter, since it divides out. A weight p is thus off by p (off + mean of off).
     off = np.where(p > 0, off + U32 * (3 * (top - scores) + 8), 0.0)
@@ -88,6 +93,7 @@ def _attend(
     # NaN and infinities reach the queries that see them; a weight of zero would let them into all others.
     finite = np.isfinite(v)
     y, a = p @ np.where(finite, v, 0.0), np.where(visible, p * off + floor, 0.0) @ np.where(finite, np.abs(v), 0.0)
+    a = a + tiny * (1 + 2 * length)  # the weights of values read as zero sum to 1 at most
     for group, j in np.argwhere(~finite.all(axis=-1)):
         y[group, visible[:, j]] += p[group, visible[:, j], j, None] * np.where(finite, 0.0, v)[group, j]
     return y, a
@@ -230,7 +236,9 @@ SPEC = Spec(
     ),
     shared={"T": 140, "S": 270, "H": 6, "K": 2, "D": 48},
     errors=(*SIZE_ERRORS, *SCALE_ERRORS),
-    bench=qwen2_bench(lambda m: {"attn": {x: m[x] for x in "TSHKD"}}),
+    bench=qwen2_bench(
+        lambda m: {"attn": {x: m[x] for x in "TSHKD"}}, more=(("decode", 1, 2048), ("prefill", 2048, 2048))
+    ),
     flops=lambda d: 4 * d["H"] * d["D"] * visible_pairs(d),
     raises=(
         "ShapeError: S < T, H not a multiple of K, or sizes that do not match",
