@@ -51,7 +51,9 @@ def diff(
     model: Annotated[
         str, typer.Argument(help="A folder in Hugging Face layout, or the embedded model.", show_default=True)
     ] = "tiny",
-    prompt: Annotated[str | None, typer.Option("-p", "--prompt", metavar="TEXT", help="The text to start from.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("-p", "--prompt", metavar="TEXT", help="The text to start from.")
+    ] = None,
     tokens: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="The prompt as token ids: numbers in a text, or a JSON list."),
@@ -223,4 +225,3 @@ class _Progress:
         """Clear the line."""
         if self._status is not None:
             self._status.stop()
-

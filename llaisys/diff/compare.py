@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -69,7 +68,7 @@ class Comparison:
             return FAULT
         rows = sum(site.rows for site in self.sites)
         open_sites = any(not s.equal and "pass" not in (s.a, s.b) for s in self.sites)
-        suspect = any("suspect" in (s.a, s.b) or "skipped" in (s.a, s.b) and not s.equal for s in self.sites)
+        suspect = any("suspect" in (s.a, s.b) or ("skipped" in (s.a, s.b) and not s.equal) for s in self.sites)
         return INCONCLUSIVE if not rows or open_sites or suspect else CERTIFIED
 
     def to_json(self) -> str:
@@ -88,8 +87,8 @@ def compare_traces(
     """Compare two traces, node by node.
 
     Each node whose bits differ is certified in either run on its own inputs, with the weights of `model` (by default
-    what the traces name) where these are those of the run; else the certificate that was saved with it counts. CaseError
-    for a file that is no trace, CheckpointError for a `model` that is none.
+    what the traces name) where these are those of the run; else the certificate that was saved with it counts.
+    CaseError for a file that is no trace, CheckpointError for a `model` that is none.
     """
     result = Comparison(str(a), str(b))
     with Trace(a) as left, Trace(b) as right:
@@ -147,15 +146,15 @@ def _name_differences(result: Comparison, left: Trace, right: Trace) -> None:
     if builds[0] != builds[1]:
         result.named.append(f"library build: {builds[0]} and {builds[1]}")
     if one["prompt"] != two["prompt"]:
-        result.named.append(f"prompt: {len(one['prompt'])} and {len(two['prompt'])} tokens, of which the first "
-                            f"{_shared(one['prompt'], two['prompt'])} are the same")
+        result.named.append(
+            f"prompt: {len(one['prompt'])} and {len(two['prompt'])} tokens, of which the first "
+            f"{_shared(one['prompt'], two['prompt'])} are the same"
+        )
     elif one["tokens"] != two["tokens"]:
         same = _shared(one["tokens"], two["tokens"])
         result.named.append(f"tokens: the texts part at position {same}")
     if one["dtype"] == two["dtype"]:
-        result.weights = [
-            name for name, digest in one["weights"].items() if two["weights"].get(name, digest) != digest
-        ]
+        result.weights = [name for name, digest in one["weights"].items() if two["weights"].get(name, digest) != digest]
 
 
 def _shared(a: list[int], b: list[int]) -> int:
@@ -168,15 +167,15 @@ def _checkpoint(result: Comparison, trace: Trace, model: str | os.PathLike[str] 
     except CheckpointError:
         if model is not None:
             raise
-        note = f"the weights of {trace.header['model']!r} are not here (--model says where); saved certificates are used"
+        note = (
+            f"the weights of {trace.header['model']!r} are not here (--model says where); saved certificates are used"
+        )
         if note not in result.notes:
             result.notes.append(note)
         return None
 
 
-def _overlaps(
-    node: TracedNode, others: list[TracedNode], shared: int
-) -> Iterator[tuple[TracedNode, slice, slice]]:
+def _overlaps(node: TracedNode, others: list[TracedNode], shared: int) -> Iterator[tuple[TracedNode, slice, slice]]:
     """The nodes of the other trace that have rows of the same positions, and these rows in each."""
     for other in others:
         begin = max(node.position, other.position)
@@ -255,7 +254,9 @@ def print_comparison(result: Comparison, console: Console | None = None) -> None
         console.print(Text(f"PART: {result.parts}: {result.which} is wrong", style="bold red"))
         console.print(Text(f"      {result.reason}"))
     elif result.weights:
-        console.print(Text(f"PART: {len(result.weights)} weights differ, the first {result.weights[0]}", style="bold red"))
+        console.print(
+            Text(f"PART: {len(result.weights)} weights differ, the first {result.weights[0]}", style="bold red")
+        )
     elif result.exit_code == CERTIFIED:
         same = all(site.equal for site in result.sites)
         text = "the same bits throughout" if same else "all differences are rounding, each run on its own inputs"

@@ -69,7 +69,9 @@ def _described(runner: Runner, fault: Fault, entry: Entry, faults: Sequence[Faul
     limit = max(1, runner.budget // max(1, row_bytes(entry)))
     begin = max(0, min(fault.position - entry.position, entry.rows - 1)) // limit * limit
     end = min(entry.rows, begin + limit)
-    inputs = {arg.name: rows_of(spec, arg.name, entry.inputs[arg.name], begin, end, entry.rows) for arg in spec.inputs_args}
+    inputs = {
+        arg.name: rows_of(spec, arg.name, entry.inputs[arg.name], begin, end, entry.rows) for arg in spec.inputs_args
+    }
     outputs = {name: x[begin:end] for name, x in entry.outputs.items()}
     oracles = spec.call(spec.oracle, {**inputs, **entry.scalars})
     shape: tuple[str, ...] = ()
@@ -102,7 +104,9 @@ def _changes(entry: Entry, rerun: Any) -> bool:
     first: Mapping[str, Array] | None = None
     for _ in range(8):
         found = rerun(dict(entry.inputs), dict(entry.scalars))
-        if first is not None and any(as_bits(found[name]).tobytes() != as_bits(first[name]).tobytes() for name in found):
+        if first is not None and any(
+            as_bits(found[name]).tobytes() != as_bits(first[name]).tobytes() for name in found
+        ):
             return True
         first = found
     return False
@@ -191,7 +195,7 @@ def _native_with_reference(runner: Runner, fault: Fault) -> bool:
 
     digests = Digests()
     certifier = Certifier(ledger, runner.budget, {**runner.kernels, fault.site: "reference"}, lambda entry: None)
-    again = Again(ledger, digests, "a repetition", lambda entry: None)
+    again = Again(ledger, digests, {}, "a repetition", lambda entry: None)
     try:
         for visit in (digests.keep, again.visit) if fault.certificate == "REPEAT" else (certifier.submit,):
 
@@ -200,8 +204,14 @@ def _native_with_reference(runner: Runner, fault: Fault) -> bool:
                     visit(entry)
 
             watch = Watch(
-                runner.engine.session(), ledger, runner.weights, runner.dtype, scene="swapped", visit=only,
-                progress=runner.say, hooks={wiring.site: hook},
+                runner.engine.session(),
+                ledger,
+                runner.weights,
+                runner.dtype,
+                scene="swapped",
+                visit=only,
+                progress=runner.say,
+                hooks={wiring.site: hook},
             )
             for tokens in _passes(runner, fault):
                 watch.forward(tokens, last=min(len(tokens), 4))

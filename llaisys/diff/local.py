@@ -32,7 +32,9 @@ class Certifier:
     `kernels` are the functions of sites that another kernel computes than that of the engine.
     """
 
-    def __init__(self, ledger: Ledger, budget: int, kernels: Mapping[str, Kernel], done: Callable[[Entry], None]) -> None:
+    def __init__(
+        self, ledger: Ledger, budget: int, kernels: Mapping[str, Kernel], done: Callable[[Entry], None]
+    ) -> None:
         self._ledger, self._kernels, self._done = ledger, kernels, done
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = max(1, min(workers, 8))
@@ -98,7 +100,14 @@ class Certifier:
         if found.outcome == "fault":
             position = entry.position + row
             self._ledger.fault(
-                entry.site, "LOCAL", found.reason, position=position, step=entry.step, ratio=found.ratio, entry=entry
+                entry.site,
+                "LOCAL",
+                found.reason,
+                position=position,
+                step=entry.step,
+                ratio=found.ratio,
+                entry=entry,
+                scene=entry.scene,
             )
         self._done(entry)
 

@@ -1,10 +1,11 @@
 """Traces: the nodes of a run in one file, for `llaisys trace-diff`.
 
-A trace is a zip file with a JSON header, "trace.json", and the arrays as plain bytes, each block under the digest of its
-content, so that what one node puts out and others read is there once. Keys and values are cut where the passes of the
-run were, and so share their blocks with the outputs they are made of. Weights are not in it: of each there is a digest,
-and whoever needs them takes them from the checkpoint. A file may come from a stranger: nothing in it is executed or
-unpickled, sizes are bounded before memory is taken, and every block must have the content that its name says.
+A trace is a zip file with a JSON header, "trace.json", and the arrays as plain bytes, each block named by the digest
+of its content, so that what one node puts out and others read is there once. Keys and values are cut where the passes
+of the run were, and so share their blocks with the outputs they are made of. Weights are not in it: of each there is a
+digest, and whoever needs them takes them from the checkpoint. A file may come from a stranger: nothing in it is
+executed or unpickled, sizes are bounded before memory is taken, and every block must have the content that its name
+says.
 """
 
 from __future__ import annotations
@@ -226,7 +227,15 @@ class Trace:
                     data += part
                     if len(data) > info.file_size:
                         break
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
+        except (
+            zipfile.BadZipFile,
+            zlib.error,
+            EOFError,
+            NotImplementedError,
+            RuntimeError,
+            ValueError,
+            OSError,
+        ) as error:
             raise self._refuse(name, "a readable member", error) from None
         if len(data) != info.file_size:
             raise self._refuse(name, f"{info.file_size} bytes", len(data))
