@@ -10,6 +10,7 @@ says.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -112,7 +113,8 @@ class TraceWriter:
     def abort(self) -> None:
         """Leave nothing behind. After `close` this does nothing."""
         if not self._file.closed:
-            self._file.close()
+            with self._file, contextlib.suppress(OSError):  # of a full disk
+                self._zip.close()
             Path(self._temporary).unlink(missing_ok=True)
 
     def _array(self, x: Array, state: bool) -> dict[str, Any]:
