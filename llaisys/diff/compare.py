@@ -122,8 +122,8 @@ def compare_traces(
         if bits:
             result.first_bits = _place(*min(bits))
         if wrong:
-            *place, which, reason = min(wrong)
-            result.parts, result.which, result.reason = _place(*place), which, reason
+            number, index, position, site, result.which, result.reason = min(wrong)
+            result.parts = _place(number, index, position, site)
         if not result.sites:
             result.notes.append("there is no row that both runs have, so that nothing was compared")
     return result
