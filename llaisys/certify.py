@@ -184,7 +184,8 @@ def _screened(spec: Spec, screen: Screen, values: Mapping[str, Any], output: Arr
     flat = excess.reshape(-1)
     order = np.flatnonzero(flat > 1)
     order = order[np.argsort(-flat[order])]
-    order = np.append(order, np.argmax(np.where(flat > 1, -1.0, flat)))  # for the ratio to report
+    if len(order) < len(flat):  # the largest of those that are seen to be right, for the ratio to report
+        order = np.append(order, np.argmax(np.where(flat > 1, -1.0, flat)))
     worst, where, failed, unclaimed, expected = -1.0, (0,) * output.ndim, 0, 0, math.nan
     for begin in range(0, len(order), BATCH):
         index = np.unravel_index(order[begin : begin + BATCH], output.shape)

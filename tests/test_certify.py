@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -181,6 +182,8 @@ def test_sum_in_bf16_is_a_fault() -> None:
 def test_wrong_sums_are_faults(dtype: str, faulty: Callable[..., Any]) -> None:
     local = judged("linear", random_linear(dtype, 3, 40, 129), faulty)
     assert local.outcome == "fault" and local.ratio > 1 and "expected" in local.reason
+    failed = re.search(r"(\d+) of 120 elements out of bound", local.reason)
+    assert failed and 3 <= int(failed[1]) <= 120
 
 
 @pytest.mark.parametrize("name", ["linear", "rms_norm", "rope", "self_attention", "swiglu"])
