@@ -10,6 +10,7 @@ import typer
 from .commands.common import Options
 from .commands.doctor import doctor
 from .commands.generate import generate
+from .commands.selftest import selftest
 
 __all__ = ["app", "main"]
 
@@ -80,6 +81,7 @@ def _root(
 
 app.command()(generate)
 app.command()(doctor)
+app.command()(selftest)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,22 @@ GATE = (
         '#include "status.h"\n',
         '#include "status.h"\n\nextern "C" {\nint llaisysMutantLayer = -1;\nint llaisysMutantOn = 1;\n}\n',
     ),
+    Patch(
+        "kernels/models/qwen2.cpp",
+        "        const Layer &w = model_.layers[i];\n",
+        "        const Layer &w = model_.layers[i];\n"
+        "        llaisysMutantOn = llaisysMutantLayer < 0 || llaisysMutantLayer == int(i);\n",
+    ),
+    Patch(
+        "kernels/models/qwen2.cpp",
+        "    model_.tokens_computed += count;\n",
+        "    llaisysMutantOn = llaisysMutantLayer < 0;\n    model_.tokens_computed += count;\n",
+    ),
+    Patch(
+        "kernels/models/qwen2.cpp",
+        "    positions_.resize(size_t(T));\n",
+        "    llaisysMutantOn = llaisysMutantLayer < 0;\n    positions_.resize(size_t(T));\n",
+    ),
 )
 _HEADER = """#pragma once
 

@@ -17,9 +17,9 @@ _ENGINE = "kernels/models/qwen2.cpp"
 class Mutant:
     """One fault.
 
-    `sites`: the names, within a layer or whole, of the sites of which any is right to blame, in the wrong layer or, with
-    a leading "+", in the one after it. `certificates`: those of which any is right. `layered`: it can be put into single
-    layers. `dtypes`: where it is a fault at all. `by`: the command that is to find it.
+    `sites`: the names, within a layer or whole, of the sites of which any is right to blame, in the wrong layer or,
+    with a leading "+", in the one after it. `certificates`: those of which any is right. `layered`: it can be put into
+    single layers. `dtypes`: where it is a fault at all. `by`: the command that is to find it.
     """
 
     name: str
@@ -36,8 +36,8 @@ def _engine(old: str, new: str) -> tuple[Patch, ...]:
     return (Patch(_ENGINE, old, new),)
 
 
-_LOOP = "        const Layer &w = model_.layers[i];\n"
-_EPS = "const float eps = m.epsilon, theta = m.theta, scale = float(1.0 / std::sqrt(double(dim)));\n"
+#: The end of the gate in the loop over the layers; what follows it is the body.
+_LOOP = "llaisysMutantLayer == int(i);\n"
 
 ENGINE = (
     Mutant(
