@@ -10,9 +10,12 @@ DLPack: numpy makes and takes the capsules, and so owns their memory management.
 from __future__ import annotations
 
 import ctypes
+import operator
 from typing import Any
 
 import numpy as np
+
+from .errors import HandleError
 
 _WRITEABLE = 0x400
 
@@ -46,6 +49,21 @@ def writable_address_of(array: np.ndarray[Any, Any]) -> int | None:
     """Address of the first element of an array, None if it is read-only."""
     interface = _interface(array.__array_struct__, None)[0]
     return interface.data if interface.flags & _WRITEABLE else None
+
+
+def checked_address(call: str, name: str, value: int | ctypes.c_void_p | None) -> int:
+    """A pointer argument as an int, 0 for NULL. HandleError for what is no address."""
+    if isinstance(value, ctypes.c_void_p):
+        value = value.value
+    if value is None:
+        return 0
+    try:
+        address = operator.index(value)
+    except TypeError:
+        address = -1
+    if not 0 <= address < 2**64:
+        raise HandleError(f"{call}: {name}: expected an address, found {value!r}")
+    return address
 
 
 INT_CODE, BF16_CODE = 0, 4

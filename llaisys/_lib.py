@@ -95,7 +95,8 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llaisysQwen2ModelTokensComputed": (c_int64, (c_void_p,)),
     "llaisysQwen2SessionCreate": (c_void_p, (c_void_p,)),
     "llaisysQwen2SessionDestroy": (c_int32, (c_void_p,)),
-    "llaisysQwen2SessionForward": (c_int32, (c_void_p, POINTER(c_int64), c_size_t, POINTER(c_float), c_size_t)),
+    # Arrays by address: making a typed pointer takes longer than the rest of the call.
+    "llaisysQwen2SessionForward": (c_int32, (c_void_p, c_void_p, c_size_t, c_void_p, c_size_t)),
     "llaisysQwen2SessionLength": (c_int64, (c_void_p,)),
     "llaisysQwen2SessionTruncate": (c_int32, (c_void_p, c_size_t)),
     "llaisysQwen2SessionSetTap": (c_int32, (c_void_p, TapCallback, c_void_p)),

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ._interop import address_of
+from ._interop import address_of, checked_address
 from .dtypes import DeviceType, MemcpyKind
 from .errors import HandleError, InvalidArgumentError, OutOfMemoryError, UnsupportedError
 
@@ -127,7 +127,7 @@ class RuntimeAPI:
 
     def _free(self, call: str, made_by: str, ptr: int | ctypes.c_void_p | None) -> None:
         self._require(call)
-        address = _address(call, "ptr", ptr)
+        address = checked_address(call, "ptr", ptr)
         if not address:
             return
         with _lock:
@@ -170,7 +170,7 @@ class RuntimeAPI:
         except ValueError:
             raise InvalidArgumentError(f"{call}: kind: expected a MemcpyKind, found {kind!r}") from None
         count = _count(call, "bytes", size)
-        addresses = {"dst": _address(call, "dst", dst), "src": _address(call, "src", src)}
+        addresses = {"dst": checked_address(call, "dst", dst), "src": checked_address(call, "src", src)}
         if not count:
             return
         for name, address in addresses.items():
@@ -199,17 +199,3 @@ def _count(call: str, name: str, value: int) -> int:
     if count < 0:
         raise InvalidArgumentError(f"{call}: {name}: expected a number of bytes, found {value!r}")
     return count
-
-
-def _address(call: str, name: str, value: int | ctypes.c_void_p | None) -> int:
-    if isinstance(value, ctypes.c_void_p):
-        value = value.value
-    if value is None:
-        return 0
-    try:
-        address = operator.index(value)
-    except TypeError:
-        address = -1
-    if not 0 <= address < 2**64:
-        raise HandleError(f"{call}: {name}: expected an address, found {value!r}")
-    return address

@@ -114,9 +114,14 @@ class Sampler:
 
     def next(self, logits: Array, token_ids: Sequence[int] | Array) -> int:
         """The next token. InvalidArgumentError for logits that are no probabilities (NaN, or infinite) in a draw."""
-        scores = self.settings.scores(logits, token_ids)
-        if not self.settings.do_sample:
-            return int(np.argmax(scores))
+        settings = self.settings
+        if not settings.do_sample and settings.repetition_penalty == 1:
+            logits = np.asarray(logits, np.float32)
+            if logits.ndim == 1 and len(logits):
+                return int(logits.argmax())  # no step changes a score
+        scores = settings.scores(logits, token_ids)
+        if not settings.do_sample:
+            return int(scores.argmax())
         top = scores.max()
         if not np.isfinite(top):
             raise InvalidArgumentError(f"logits: expected finite numbers to draw from, found {top}")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ._interop import BF16_CODE, address_of, export, importer, retag
+from ._interop import BF16_CODE, address_of, checked_address, export, importer, retag
 from ._lib import MAX_DIMS, LlaisysTensor
 from .dtypes import DataType, DeviceType
 from .errors import (
@@ -28,6 +28,8 @@ from .errors import (
 __all__ = ["Tensor"]
 
 _ALIGNMENT = 64
+#: Of the widest type in as many bytes as a signed number of 64 bits can count.
+_MOST_ELEMENTS = 2**63 // 16 - 1
 
 
 class _Storage:
@@ -177,7 +179,7 @@ class Tensor:
 
         ShapeError if the number of elements differs, StrideError if the strides do not allow it.
         """
-        sizes = _infer(_unpack(shape), math.prod(self._shape), self._shape)
+        sizes = _infer(_integers("view", _unpack(shape)), math.prod(self._shape), self._shape)
         strides = _view_strides(self._shape, self._strides, sizes)
         if strides is None:
             raise StrideError(
@@ -198,7 +200,7 @@ class Tensor:
     def slice(self, dim: int, start: int, end: int) -> Tensor:
         """The elements start ... end - 1 of axis `dim`, without a copy."""
         axis, size = self._axis(dim, "slice"), self._shape
-        first, last = operator.index(start), operator.index(end)
+        first, last = _integers("slice", (start, end))
         if not 0 <= first <= last <= size[axis]:
             raise IndexRangeError(
                 f"Tensor.slice: start and end: expected 0 <= start <= end <= {size[axis]} (axis {axis} of {size}), "
@@ -208,7 +210,7 @@ class Tensor:
         return self._share(shape, self._strides, first * self._strides[axis] if 0 not in shape else 0)
 
     def _axis(self, axis: int, method: str) -> int:
-        index, ndim = operator.index(axis), len(self._shape)
+        (index,), ndim = _integers(method, (axis,)), len(self._shape)
         if not -ndim <= index < ndim:
             raise IndexRangeError(f"Tensor.{method}: expected an axis of a tensor with {ndim} axes, found {axis}")
         return index % ndim
@@ -217,7 +219,7 @@ class Tensor:
 
     def load(self, ptr: int | ctypes.c_void_p | None) -> None:
         """Fill the tensor with its number of elements from `ptr`, where they lie in row-major order without gaps."""
-        address = ptr.value if isinstance(ptr, ctypes.c_void_p) else ptr
+        address = checked_address("Tensor.load", "ptr", ptr)
         nbytes = math.prod(self._shape) * self._dtype.itemsize
         if not nbytes:
             return
@@ -226,9 +228,9 @@ class Tensor:
         if self.readonly:
             raise InvalidArgumentError("Tensor.load: expected a writable tensor, found a read-only one")
         if self.is_contiguous():
-            ctypes.memmove(self._address, operator.index(address), nbytes)
+            ctypes.memmove(self._address, address, nbytes)
         else:
-            source = _Storage(operator.index(address), nbytes, None).bytes()
+            source = _Storage(address, nbytes, None).bytes()
             self.numpy()[...] = source.view(self._dtype.numpy).reshape(self._shape)
 
     def copy(self) -> Tensor:
@@ -236,6 +238,10 @@ class Tensor:
         result = Tensor(self._shape, self._dtype)
         result.numpy()[...] = self.numpy()
         return result
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle and the module copy take the elements, not the memory that they happen to lie in."""
+        return _unpickle, (self._shape, self._dtype, self.numpy().tobytes())
 
     def contiguous(self) -> Tensor:
         """This tensor if it is contiguous, else a copy that is."""
@@ -283,7 +289,8 @@ class Tensor:
     @classmethod
     def from_numpy(cls, array: np.ndarray[Any, Any]) -> Tensor:
         """A tensor over the memory of `array`, which it keeps alive; read-only if the array is."""
-        if not isinstance(array, np.ndarray):
+        if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
+            # The mask would be lost.
             raise InvalidArgumentError(f"Tensor.from_numpy: expected a numpy array, found {type(array).__name__}")
         dtype = DataType.of_numpy(array.dtype)
         if dtype is None:
@@ -307,12 +314,18 @@ class Tensor:
         dtype = DataType.of_torch(tensor.dtype)
         if dtype is None:
             raise DTypeError(f"Tensor.from_torch: expected an element type of llaisys, found {tensor.dtype}")
-        if tensor.layout != torch.strided or tensor.is_conj() or tensor.is_neg():
+        if tensor.layout != torch.strided or tensor.is_nested or tensor.is_conj() or tensor.is_neg():
             raise StrideError(
                 f"Tensor.from_torch: expected a dense tensor without lazy conj or neg, found layout {tensor.layout}"
             )
         alive = tensor.detach()
-        return cls._over(alive, alive.data_ptr(), _sizes(alive.shape), tuple(alive.stride()), dtype, False)
+        try:
+            address = alive.data_ptr() or (0 if not alive.numel() else None)
+        except RuntimeError:
+            address = None
+        if address is None:  # one of torch's inner kinds: fake, inside of vmap, ...
+            raise UnsupportedError(f"Tensor.from_torch: expected a tensor with memory, found {type(tensor).__name__}")
+        return cls._over(alive, address, _sizes(alive.shape), tuple(alive.stride()), dtype, False)
 
     @classmethod
     def _over(
@@ -347,6 +360,10 @@ class Tensor:
             return source
         if isinstance(source, np.ndarray):
             return cls.from_numpy(source)
+        if not hasattr(source, "__dlpack__"):
+            raise InvalidArgumentError(
+                f"Tensor.from_dlpack: expected an object with __dlpack__, found {type(source).__name__}"
+            )
         array, code = importer(source)
         tensor = cls.from_numpy(array)
         if code == BF16_CODE:  # the array is one of 16-bit integers
@@ -355,6 +372,12 @@ class Tensor:
 
 
 _OPAQUE = frozenset({DataType.F8, DataType.C16, DataType.C32})
+
+
+def _unpickle(shape: tuple[int, ...], dtype: DataType, data: bytes) -> Tensor:
+    tensor = Tensor.empty(shape, dtype)
+    ctypes.memmove(tensor.data_ptr(), data, len(data))
+    return tensor
 
 
 def _sizes(shape: Iterable[int]) -> tuple[int, ...]:
@@ -366,6 +389,8 @@ def _sizes(shape: Iterable[int]) -> tuple[int, ...]:
         raise ShapeError(f"Tensor: shape: expected at most {MAX_DIMS} axes, found {len(sizes)} in {sizes}")
     if any(size < 0 for size in sizes):
         raise ShapeError(f"Tensor: shape: expected no negative size, found {sizes}")
+    if 0 in sizes and math.prod(size or 1 for size in sizes) > _MOST_ELEMENTS:  # else, memory sets the limit
+        raise ShapeError(f"Tensor: shape: expected strides of at most {_MOST_ELEMENTS} elements, found {sizes}")
     return sizes
 
 
@@ -377,14 +402,16 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def _unpack(values: tuple[Any, ...]) -> tuple[int, ...]:
+def _unpack(values: tuple[Any, ...]) -> tuple[Any, ...]:
     """`f(2, 3)` and `f((2, 3))` mean the same."""
-    if len(values) == 1 and isinstance(values[0], Iterable):
-        values = tuple(values[0])
+    return tuple(values[0]) if len(values) == 1 and isinstance(values[0], Iterable) else values
+
+
+def _integers(method: str, values: tuple[Any, ...]) -> tuple[int, ...]:
     try:
         return tuple(operator.index(value) for value in values)
     except TypeError:
-        raise InvalidArgumentError(f"Tensor: expected integers, found {values!r}") from None
+        raise InvalidArgumentError(f"Tensor.{method}: expected integers, found {values!r}") from None
 
 
 def _infer(sizes: tuple[int, ...], count: int, old: tuple[int, ...]) -> tuple[int, ...]:

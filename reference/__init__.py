@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .bounds import Oracle, tolerance
+from .bounds import Oracle, tolerance, worst_case
 from .compare import Verdict, check, ratios
 from .ops import SPECS
 from .spec import DTYPES, FLOATS, Spec
 
-__all__ = ["DTYPES", "FLOATS", "SPECS", "Oracle", "Spec", "Verdict", "check", "ratios", "tolerance"]
+__all__ = ["DTYPES", "FLOATS", "SPECS", "Oracle", "Spec", "Verdict", "check", "ratios", "tolerance", "worst_case"]
 __all__ += list(SPECS)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from .bounds import Array, Oracle, finfo, half_ulp, tolerance, ulp
+
+#: A mean that is further from what it should be than this many of its standard errors is no accident.
+STANDARD_ERRORS = 6.0
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,8 @@ class Verdict:
     if there are no elements (or shape or dtype is wrong). `got`, `expected`: the two values there. `failed`: elements
     with a ratio above 1. `checked`: elements about which the oracle claims something, out of `size`; a caller that
     wants evidence must see that it is not 0. `bias`: mean signed error in ulps, `outward`: mean error of the magnitude
-    in ulps (truncation shows as -0.5), both over the finite elements. `reason`: "" if ok, else what is wrong.
+    in ulps (truncation shows as -0.5), both over the finite elements; `limit`: the largest |outward| that rounding to
+    nearest explains (`bias_limit`). `reason`: "" if ok, else what is wrong.
     """
 
     ok: bool
@@ -32,10 +37,17 @@ class Verdict:
     size: int = 0
     bias: float = 0.0
     outward: float = 0.0
+    limit: float = math.inf
     reason: str = ""
 
     def __bool__(self) -> bool:
         return self.ok
+
+    @property
+    def biased(self) -> bool:
+        """Magnitudes are off to one side by more than rounding to nearest explains. Data of which few elements are
+        independent can be, so a biased result is suspect, not wrong."""
+        return abs(self.outward) > self.limit
 
 
 def ratios(output: Array, oracle: Oracle) -> Array:
@@ -77,13 +89,13 @@ def check(output: Array, oracle: Oracle, dtype: np.dtype[Any] | None = None) -> 
     worst, failed = float(ratio[index]), int(np.count_nonzero(ratio > 1))
     got, expected = output[index].item(), oracle.y[index].item()
     unclaimed = np.isinf(np.broadcast_to(np.asarray(oracle.a, np.float64), ratio.shape))
-    bias, outward = (0.0, 0.0) if oracle.exact else _bias(output, oracle)
+    bias, outward, limit = (0.0, 0.0, math.inf) if oracle.exact else _bias(output, oracle)
     reason = ""
     if failed:
         reason = f"{failed} of {size} elements out of bound, worst at {index}: expected {expected!r}, found {got!r}"
         reason += f", ratio {worst:.3g}" if np.isfinite(worst) else ""
     checked = size - int(np.count_nonzero(unclaimed))
-    return Verdict(not failed, worst, index, got, expected, failed, checked, size, bias, outward, reason)
+    return Verdict(not failed, worst, index, got, expected, failed, checked, size, bias, outward, limit, reason)
 
 
 def _same(output: Array, y: Array) -> Array:
@@ -99,10 +111,39 @@ def _same(output: Array, y: Array) -> Array:
     return np.asarray(equal).reshape(output.shape)
 
 
-def _bias(output: Array, oracle: Oracle) -> tuple[float, float]:
+def _bias(output: Array, oracle: Oracle) -> tuple[float, float, float]:
+    """`bias`, `outward` and `limit` of a Verdict. Equal values have equal errors, so where they look biased, each value
+    counts once."""
     out, y = output.astype(np.float64), oracle.y.astype(np.float64)
-    use = np.isfinite(out) & np.isfinite(y)
+    a = np.broadcast_to(np.asarray(oracle.a, np.float64), y.shape)
+    use = np.isfinite(out) & np.isfinite(y) & np.isfinite(a)
     if not use.any():
-        return 0.0, 0.0
-    error = (out[use] - y[use]) / ulp(y[use], output.dtype)
-    return float(error.mean()), float((error * np.sign(y[use])).mean())
+        return 0.0, 0.0, math.inf
+    step = np.where(use, ulp(np.where(use, y, 1.0), output.dtype), 1.0)
+    error = np.where(use, np.where(use, out - np.where(use, y, 0.0), 0.0) / step, 0.0)
+    outward = error * np.sign(np.where(use, y, 0.0))
+    share = np.where(use, np.where(use, a, 0.0) / step, 0.0)
+    count = int(np.count_nonzero(use))
+    bias, mean = float(error.sum()) / count, float(outward.sum()) / count
+    limit = bias_limit(share, count, oracle.independent)
+    if abs(mean) > limit:
+        _, first = np.unique(np.abs(y[use]), return_index=True)
+        mean = float(outward[use][first].mean())
+        limit = bias_limit(share[use][first], len(first), oracle.independent)
+    return bias, mean, limit
+
+
+def bias_limit(share: Array, count: int, independent: bool) -> float:
+    """How far the mean error of `count` magnitudes, in ulps, may be from 0 if each is rounded to nearest.
+
+    The final rounding of unrelated values errs by up to half an ulp to either side, with a variance of 1/12: six
+    standard errors of the mean are 6 / sqrt(12 count), once in 5e8. To this comes what the values before the final
+    rounding may be off together: `share` holds the bound on each in ulps (a / ulp). The mean of these cannot be
+    exceeded; nor, six standard errors again, the root of the sum of the squares of what moves as one, each element for
+    itself or each row (along the last axis), over the count.
+    """
+    common = float(np.sum(share)) / count
+    groups = share if independent or share.ndim == 0 else share.sum(axis=-1)
+    return STANDARD_ERRORS / math.sqrt(12 * count) + min(
+        common, STANDARD_ERRORS * math.sqrt(float(np.sum(groups**2))) / count
+    )

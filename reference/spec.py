@@ -112,6 +112,20 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class Screen:
+    """A first look at the one output of an operator whose oracle is expensive: most elements are seen to be within the
+    bound, and the oracle is asked for the others only.
+
+    `estimate(*inputs, *scalars)` is the value before the final rounding in f32, by a library that is trusted to be
+    within half of `Oracle.a`, and a lower bound of `Oracle.a` (0 will do). `oracle(where, *inputs, *scalars)` is the
+    oracle of the elements at `where`, index arrays as of `np.nonzero`, in one axis.
+    """
+
+    estimate: Callable[..., tuple[Array, Array | float]]
+    oracle: Callable[..., Oracle]
+
+
+@dataclass(frozen=True)
 class BenchCase:
     """One benchmark shape; `phase` is "decode" or "prefill", `model` the size of the Qwen2 it is taken from."""
 
@@ -136,8 +150,8 @@ class Spec:
 
     `twin(*inputs, *scalars)` takes the inputs in the order of `args` (without the outputs) and returns the output, or a
     named tuple of the outputs in the order of `args`. `oracle` takes the same and returns one `Oracle` per output,
-    computed in f64 by another formulation than the twin's. `inputs(spec, rng, dims, dtype)` makes realistic inputs and
-    scalars. `bytes(dims, itemsize)` replaces the default of `traffic`.
+    computed in f64 by another formulation than the twin's; `screen` spares it work. `inputs(spec, rng, dims, dtype)`
+    makes realistic inputs and scalars. `bytes(dims, itemsize)` replaces the default of `traffic`.
     """
 
     name: str
@@ -147,6 +161,7 @@ class Spec:
     args: tuple[Arg, ...]
     twin: Callable[..., Any]
     oracle: Callable[..., tuple[Oracle, ...]]
+    screen: Screen | None = None
     scalars: tuple[Scalar, ...] = ()
     accumulate: str = "f32"
     rounding: tuple[str, ...] = ()

@@ -1,7 +1,9 @@
 """`llaisys.Tensor`: the course's methods, views and their lifetimes, numpy, torch, DLPack."""
 
+import copy
 import ctypes
 import gc
+import pickle
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -176,7 +178,10 @@ def test_what_is_no_tensor() -> None:
         (lambda: new((1,) * 9), errors.ShapeError),
         (lambda: new((2**62,)), errors.OutOfMemoryError),
         (lambda: new((2**40, 2**40)), errors.OutOfMemoryError),
+        (lambda: new((0, 2**40, 2**40)), errors.ShapeError),
+        (lambda: new((0,)).view(0, 2**64), errors.ShapeError),
         (lambda: new.from_numpy([1.0]), errors.InvalidArgumentError),
+        (lambda: new.from_numpy(np.ma.masked_array([1.0, 2.0], [0, 1])), errors.InvalidArgumentError),
         (lambda: new.from_numpy(np.ones(2, ">f4")), errors.DTypeError),
         (lambda: new.from_numpy(np.ones(2, object)), errors.DTypeError),
         (lambda: new.from_numpy(np.zeros(2, "u1,f4")["f1"]), errors.StrideError),
@@ -185,6 +190,8 @@ def test_what_is_no_tensor() -> None:
         (lambda: new.from_torch(torch.ones(2).to_sparse()), errors.StrideError),
         (lambda: new.from_torch(torch.ones(2, dtype=torch.complex64).conj()), errors.StrideError),
         (lambda: new.from_torch(torch.ones(2).to(torch.float8_e5m2)), errors.DTypeError),
+        (lambda: torch.func.vmap(new.from_torch)(torch.ones(2, 3)), errors.UnsupportedError),
+        (lambda: new.from_dlpack([1.0]), errors.InvalidArgumentError),
     ]
     for wrong, error in calls:
         with pytest.raises(error, match=r"expected .*found|found .*expected"):
@@ -254,6 +261,10 @@ def test_permute_and_slice_refuse() -> None:
     for dim, start, end in ((3, 0, 1), (-4, 0, 1), (0, -1, 1), (0, 2, 1), (1, 0, 4)):
         with pytest.raises(errors.IndexRangeError, match=r"Tensor.slice: .*expected .*found"):
             tensor.slice(dim, start, end)
+    wrong: Any = tensor
+    for call in (lambda: wrong.slice(0, 0, 1.0), lambda: wrong.slice(None, 0, 1), lambda: wrong.permute(0, 1, 2.0)):
+        with pytest.raises(errors.InvalidArgumentError, match=r"expected integers, found"):
+            call()
 
 
 def test_a_view_keeps_its_memory_alive() -> None:
@@ -285,6 +296,16 @@ def test_a_view_keeps_its_memory_alive() -> None:
     assert watch() is None
 
 
+def test_a_pickled_or_copied_tensor_has_memory_of_its_own() -> None:
+    """The address in it is not that of the original, which may be gone."""
+    tensor, _ = counting((3, 4), DataType.BF16)
+    for original in (tensor, tensor.permute(1, 0), tensor.slice(0, 1, 1), tensor.view(2, 6).slice(0, 1, 2)):
+        expected = original.numpy().copy()
+        for copied in (copy.copy(original), copy.deepcopy(original), pickle.loads(pickle.dumps(original))):
+            assert copied.dtype() is DataType.BF16 and np.array_equal(copied.numpy(), expected)
+            assert copied.is_contiguous() and not np.shares_memory(copied.numpy(), tensor.numpy())
+
+
 def test_load() -> None:
     tensor, array = counting((3, 4))
     other = np.arange(12, dtype=np.float32)[::-1].copy()
@@ -295,6 +316,9 @@ def test_load() -> None:
     for null in (0, None, ctypes.c_void_p()):
         with pytest.raises(errors.HandleError, match="NULL"):
             tensor.load(null)
+    for wrong in (-5, 2**64, 1.5, other):
+        with pytest.raises(errors.HandleError, match="expected an address"):
+            tensor.load(wrong)  # type: ignore[arg-type]
     array.flags.writeable = False
     with pytest.raises(errors.InvalidArgumentError, match="read-only"):
         Tensor.from_numpy(array).load(other.ctypes.data)

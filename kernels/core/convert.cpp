@@ -19,9 +19,10 @@ void convert(const ConvertArgs &args, int64_t begin, int64_t end) {
         with_type(args.x_dtype, [&]<class In>(In) {
             auto *out = (Out *)args.out;
             const auto *x = (const In *)args.x;
+            const auto value = [](Vec v) { return __is_same(Out, bf16) ? clean_nan(v) : v; };
             int64_t i = begin;
-            for (; i + Vec::N <= end; i += Vec::N) store(out + i, load(x + i));
-            if (i < end) store(out + i, load(x + i, end - i), end - i);
+            for (; i + Vec::N <= end; i += Vec::N) store(out + i, value(load(x + i)));
+            if (i < end) store(out + i, value(load(x + i, end - i)), end - i);
         });
     });
 }

@@ -58,8 +58,14 @@ int detect() {
     return AMX;
 }
 
+bool detect_avx512_bf16() {
+    uint32_t a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+}
+
 #else
 int detect() { return SCALAR; }
+bool detect_avx512_bf16() { return false; }
 #endif
 
 int best_tier() {
@@ -93,6 +99,11 @@ int load_active() {
 }
 
 } // namespace
+
+bool has_avx512_bf16() {
+    static const bool has = detect_avx512_bf16();
+    return has;
+}
 
 Tier active_tier() {
     const int tier = load_active();

@@ -20,13 +20,14 @@ inline int32_t check_elementwise(const Argument &out, const Argument &a, const A
 }
 
 // Calls `body(row, begin, end)` so that every element of every row is covered once, in parallel; long rows are cut into
-// spans, short ones are taken several at a time.
+// spans, short ones are taken several at a time. `least` is the number of elements below which a part of the work is
+// not worth handing to another thread.
 template <class Body>
-void for_each_span(const Rows &rows, Body &&body) {
-    constexpr int64_t SPAN = 4096, LEAST = 8192; // elements; a fork and join costs about as much as 8192 additions
+void for_each_span(const Rows &rows, int64_t least, Body &&body) {
+    constexpr int64_t SPAN = 4096;
     if (rows.length == 0) return;
     const int64_t spans = (rows.length + SPAN - 1) / SPAN, count = rows.count * spans;
-    const int64_t least = std::max<int64_t>(1, LEAST / std::min(rows.length, SPAN));
+    least = std::max<int64_t>(1, least / std::min(rows.length, SPAN));
     parallel_for(count, grain_for(count, least), [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i) {
             const int64_t begin = i % spans * SPAN;

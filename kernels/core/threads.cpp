@@ -18,6 +18,7 @@
 #include <cstdio>
 #include <pthread.h>
 #include <sched.h>
+#include <time.h>
 #endif
 
 namespace llaisys {
@@ -25,19 +26,30 @@ namespace llaisys {
 namespace {
 
 constexpr int MAX_THREADS = 1024;
-using Clock = std::chrono::steady_clock;
-constexpr auto POLL_INTERVAL = std::chrono::milliseconds(50);
+constexpr int64_t POLL_INTERVAL = 50'000'000; // ns
+
+// Nanoseconds, advancing every few milliseconds only: after each part of a job, even the 20 ns that the exact clock
+// takes are felt.
+int64_t coarse_clock() {
+#if defined(__linux__)
+    timespec now;
+    clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
+    return int64_t(now.tv_sec) * 1'000'000'000 + now.tv_nsec;
+#else
+    return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
+#endif
+}
 
 struct Interrupt {
     LlaisysInterrupt callback = nullptr;
     void *user = nullptr;
-    Clock::time_point last{};
+    int64_t last = 0;
 };
 thread_local Interrupt interrupt;
 
 bool interrupted() {
     if (!interrupt.callback) return false;
-    const auto now = Clock::now();
+    const int64_t now = coarse_clock();
     if (now - interrupt.last < POLL_INTERVAL) return false;
     interrupt.last = now;
     return interrupt.callback(interrupt.user) != 0;
@@ -48,23 +60,20 @@ struct Job {
     void (*body)(void *, int64_t, int64_t);
     void *context;
     int64_t count, grain;
-    std::atomic<int64_t> next{0};
     std::atomic<bool> stop{false};
     std::atomic<bool> out_of_memory{false};
 
-    // Takes parts until none is left; `poll` is for the calling thread only.
-    void work(bool poll) noexcept {
-        while (!stop.load(std::memory_order_relaxed)) {
-            const int64_t begin = next.fetch_add(grain, std::memory_order_relaxed);
-            if (begin >= count) return;
-            try {
-                body(context, begin, std::min(begin + grain, count));
-            } catch (...) { // kernels throw nothing but bad_alloc from scratch()
-                out_of_memory = true;
-                stop = true;
-            }
-            if (poll && interrupted()) stop = true;
+    bool stopped() const { return stop.load(std::memory_order_relaxed); }
+
+    // `poll` is for the calling thread only.
+    void run(int64_t part, bool poll) noexcept {
+        try {
+            body(context, part * grain, std::min(part * grain + grain, count));
+        } catch (...) { // kernels throw nothing but bad_alloc from scratch()
+            out_of_memory = true;
+            stop = true;
         }
+        if (poll && interrupted()) stop = true;
     }
 };
 
@@ -74,8 +83,34 @@ inline void pause() {
 #endif
 }
 
-// Each worker waits on a ticket of its own, so that only those a job needs are woken, and none can take one job twice:
-// the next ticket is raised only after all that were needed have reported.
+// Waits a while for `done`, without sleeping. First with pauses, 10 to 30 us (a pause is 40 to 140 cycles), within
+// which decode issues the next operator; then, for the time that Python takes between two tokens, the core is offered
+// to others at every turn. Waking a sleeper costs 5 to 50 us, so that a wait of this length pays. Only pauses for as
+// long would make decode on a busy machine several times slower with two threads than with one: whoever spins keeps the
+// partner from the core that it waits for.
+template <class Done>
+void spin_until(Done &&done) {
+    constexpr int PAUSES = 1 << 9, YIELDS = 1 << 7;
+    for (int i = 0; i < PAUSES; ++i) {
+        if (done()) return;
+        pause();
+    }
+    for (int i = 0; i < YIELDS; ++i) {
+        for (int j = 0; j < 16; ++j) {
+            if (done()) return;
+            pause();
+        }
+        std::this_thread::yield();
+    }
+}
+
+// A team that stays. Handing a job over and getting it back costs 0.2 us while the workers are awake, as little as two
+// barriers of one long parallel region would, so that each operator may be a job of its own.
+//
+// Each worker has a ticket: an odd one offers it the job, and whoever makes it even, the worker or the caller, has
+// taken the offer or called it off. So a worker that sleeps is woken and not waited for: the others do its share
+// meanwhile. Nor can anyone take one job twice, as the next one is offered only after all that took this one have
+// reported.
 class Pool {
 public:
     // Runs `job` on `threads` threads, this one among them. False if the pool is taken.
@@ -84,35 +119,63 @@ public:
         if (!lock.owns_lock()) return false;
         grow(size_t(threads - 1));
         const size_t helpers = std::min(size_t(threads - 1), workers_.size());
+        const int64_t parts = (job.count + job.grain - 1) / job.grain, members = int64_t(helpers) + 1;
         job_ = &job;
+        members_ = size_t(members);
         spin_.store(spin, std::memory_order_relaxed);
         pending_.store(int(helpers), std::memory_order_relaxed);
+        for (size_t i = 0; i < members_; ++i) {
+            share(i).next.store(parts * int64_t(i) / members, std::memory_order_relaxed);
+            share(i).end = parts * int64_t(i + 1) / members;
+        }
         for (size_t i = 0; i < helpers; ++i) {
             workers_[i]->ticket.fetch_add(1, std::memory_order_release);
             workers_[i]->ticket.notify_one();
         }
-        job.work(true);
-        for (int i = 0; spin && i < SPINS && pending_.load(std::memory_order_acquire) != 0; ++i) pause();
+        work(0);
+        for (size_t i = 0; i < helpers; ++i) {
+            uint32_t ticket = workers_[i]->ticket.load(std::memory_order_relaxed);
+            if (ticket % 2 == 1 && workers_[i]->ticket.compare_exchange_strong(ticket, ticket + 1))
+                pending_.fetch_sub(1, std::memory_order_relaxed);
+        }
+        if (spin) spin_until([&] { return pending_.load(std::memory_order_acquire) == 0; });
         for (int left; (left = pending_.load(std::memory_order_acquire)) != 0;) pending_.wait(left);
         return true;
     }
 
 private:
+    // The parts [next, end) of a job that are one member's to begin with: they lie side by side, so that it reads
+    // memory in one stream. Who has finished takes from the others.
+    struct Share {
+        std::atomic<int64_t> next{0};
+        int64_t end = 0;
+    };
     struct alignas(64) Worker {
         std::atomic<uint32_t> ticket{0};
+        Share share;
     };
 
-    // 10 to 30 us, a pause being 40 to 140 cycles: decode issues the next operator within that time, while a sleeping
-    // worker costs 5 to 50 us to wake. Eight times as long made decode on a busy machine 7 times slower with two
-    // threads than with one: whoever spins keeps the partner from the core that it waits for.
-    static constexpr int SPINS = 1 << 9;
+    // Member 0 is the caller.
+    Share &share(size_t member) { return member == 0 ? own_ : workers_[member - 1]->share; }
+
+    void work(size_t member) noexcept {
+        Job &job = *job_;
+        for (size_t i = 0; i < members_; ++i) {
+            const size_t from = member + i < members_ ? member + i : member + i - members_;
+            Share &parts = share(from);
+            while (parts.next.load(std::memory_order_relaxed) < parts.end && !job.stopped()) {
+                const int64_t part = parts.next.fetch_add(1, std::memory_order_relaxed);
+                if (part < parts.end) job.run(part, member == 0);
+            }
+        }
+    }
 
     void grow(size_t wanted) {
         while (workers_.size() < wanted) {
             auto worker = std::make_unique<Worker>();
             workers_.reserve(workers_.size() + 1);
             try {
-                std::thread(&Pool::serve, this, worker.get()).detach();
+                std::thread(&Pool::serve, this, worker.get(), workers_.size() + 1).detach();
             } catch (const std::system_error &) { // no more threads to be had: go on with those there are
                 return;
             }
@@ -120,20 +183,29 @@ private:
         }
     }
 
-    void serve(Worker *worker) noexcept {
-        for (uint32_t seen = 0;; ++seen) {
-            const int spins = spin_.load(std::memory_order_relaxed) ? SPINS : 0;
-            for (int i = 0; i < spins && worker->ticket.load(std::memory_order_acquire) == seen; ++i) pause();
-            worker->ticket.wait(seen, std::memory_order_acquire);
-            job_->work(false);
-            if (pending_.fetch_sub(1, std::memory_order_acq_rel) == 1) pending_.notify_one();
+    void serve(Worker *worker, size_t member) noexcept {
+        auto &ticket = worker->ticket;
+        for (;;) {
+            uint32_t seen = ticket.load(std::memory_order_acquire);
+            if (seen % 2 == 1 && ticket.compare_exchange_strong(seen, seen + 1, std::memory_order_acquire)) {
+                work(member);
+                if (pending_.fetch_sub(1, std::memory_order_acq_rel) == 1) pending_.notify_one();
+                ++seen;
+            }
+            if (seen % 2 == 1) continue;
+            if (spin_.load(std::memory_order_relaxed))
+                spin_until([&] { return ticket.load(std::memory_order_relaxed) != seen; });
+            ticket.wait(seen, std::memory_order_relaxed);
         }
     }
 
     std::mutex busy_;
     std::vector<std::unique_ptr<Worker>> workers_;
-    Job *job_ = nullptr; // written before a ticket is raised, read after it was seen
-    std::atomic<int> pending_{0};
+    // These three are written before a ticket is raised, and read after it was taken.
+    Job *job_ = nullptr;
+    size_t members_ = 0;
+    Share own_;
+    alignas(64) std::atomic<int> pending_{0};
     std::atomic<bool> spin_{false};
 };
 
@@ -235,9 +307,14 @@ void parallel_run(int64_t count, int64_t grain, void (*body)(void *, int64_t, in
         done = pool().run(job, threads, threads <= cores());
         inside_pool = false;
     }
-    if (!done) job.work(true);
+    for (int64_t part = 0; !done && part < parts && !job.stopped(); ++part) job.run(part, true);
     if (job.out_of_memory) throw std::bad_alloc();
     if (job.stop) fail(LLAISYS_ERROR_INTERRUPTED, "interrupted");
+}
+
+int64_t range_for(int64_t count, int64_t unit) {
+    const int64_t range = (count + num_threads() - 1) / num_threads();
+    return (range + unit - 1) / unit * unit;
 }
 
 int64_t grain_for(int64_t count, int64_t least) {
@@ -278,7 +355,7 @@ int32_t llaisysNumThreads(void) {
 }
 
 int32_t llaisysSetInterrupt(LlaisysInterrupt callback, void *user) {
-    llaisys::interrupt = {callback, user, {}};
+    llaisys::interrupt = {callback, user, 0};
     return LLAISYS_OK;
 }
 }

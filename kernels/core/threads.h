@@ -11,8 +11,10 @@ namespace llaisys {
 int num_threads();
 
 // Calls `body(context, begin, end)` on parts of [0, count) that together cover it once, each of at most `grain` items,
-// on several threads. The results must not depend on how the range is cut. Runs in the calling thread alone if another
-// call has the pool, so that several threads may compute at once. Polls the interrupt callback; throws Failure then.
+// on several threads. A thread takes parts that lie side by side, from the first on, and helps the others when it has
+// none left. The results must not depend on how the range is cut. Runs in the calling thread alone if another call has
+// the pool, so that several threads may compute at once. Polls the interrupt callback after every part; throws Failure
+// then: a part should not take more than some ten milliseconds.
 void parallel_run(int64_t count, int64_t grain, void (*body)(void *, int64_t, int64_t), void *context);
 
 template <class Body>
@@ -23,6 +25,8 @@ void parallel_for(int64_t count, int64_t grain, Body &&body) {
         const_cast<std::remove_const_t<B> *>(&body));
 }
 
+// Items per part so that each thread gets one contiguous range, a multiple of `unit` but for the last.
+int64_t range_for(int64_t count, int64_t unit);
 // Items per part so that each thread gets a few parts and none is smaller than `least`.
 int64_t grain_for(int64_t count, int64_t least);
 

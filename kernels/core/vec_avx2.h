@@ -41,12 +41,20 @@ static inline Vec scale2(Vec x, Vec n) {
     return {_mm256_mul_ps(_mm256_mul_ps(x.v, power(half)), power(_mm256_sub_epi32(whole, half)))};
 }
 
+// The bf16 nearest to each lane in its upper half, and remains in the lower one; NaN as vec_scalar.h has it.
+static inline __m256i bf16_bits(__m256 x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+}
+static inline Vec clean_nan(Vec x) {
+    const __m256i bits = _mm256_castps_si256(x.v);
+    const __m256i clean =
+        _mm256_or_si256(_mm256_and_si256(bits, _mm256_set1_epi32(int(0xffff0000))), _mm256_set1_epi32(0x400000));
+    return {_mm256_blendv_ps(x.v, _mm256_castsi256_ps(clean), _mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q))};
+}
 static inline __m128i to_bf16(__m256 x) {
-    const __m256i bits = _mm256_castps_si256(x), high = _mm256_srli_epi32(bits, 16);
-    const __m256i bias = _mm256_add_epi32(_mm256_set1_epi32(0x7fff), _mm256_and_si256(high, _mm256_set1_epi32(1)));
-    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, bias), 16);
-    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-    const __m256i all = _mm256_blendv_epi8(rounded, _mm256_or_si256(high, _mm256_set1_epi32(0x40)), nan);
+    const __m256i all = _mm256_srli_epi32(bf16_bits(x), 16);
     return _mm_packus_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
 }
 
@@ -80,11 +88,41 @@ static inline void load2(const T *p, Vec &a, Vec &b) {
     a = load(p);
     b = load(p + Vec::N);
 }
-// bf16: a shift gives the even elements and a mask the odd ones, one instruction each instead of two.
+template <class T>
+static inline void store2(T *p, Vec a, Vec b) {
+    store(p, a);
+    store(p + Vec::N, b);
+}
+// bf16: a shift gives the even elements and a mask the odd ones, one instruction each instead of two; a shift and a
+// blend put them together again, without a shuffle.
 static inline void load2(const bf16 *p, Vec &a, Vec &b) {
     const __m256i pairs = _mm256_loadu_si256((const __m256i *)p);
     a = {_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16))};
     b = {_mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000))))};
+}
+static inline void store2(bf16 *p, Vec a, Vec b) {
+    const __m256i pairs = _mm256_blend_epi16(_mm256_srli_epi32(bf16_bits(a.v), 16), bf16_bits(b.v), 0xaa);
+    _mm256_storeu_si256((__m256i *)p, pairs);
+}
+
+// `x` rounded to T and widened again: a rounding point of the contract.
+template <class T>
+static inline Vec round_to(Vec x) {
+    if constexpr (__is_same(T, f16)) return {_mm256_cvtph_ps(_mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT))};
+    if constexpr (__is_same(T, bf16))
+        return {_mm256_castsi256_ps(_mm256_and_si256(bf16_bits(x.v), _mm256_set1_epi32(int(0xffff0000))))};
+    return x;
+}
+
+// For hsums: the sums of the lanes of four vectors within each 128 bits, and of all 128-bit parts of two such vectors.
+static inline Vec hsum_parts(Vec a, Vec b, Vec c, Vec d) {
+    const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v));
+    const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c.v, d.v), _mm256_unpackhi_ps(c.v, d.v));
+    const __m256d x = _mm256_castps_pd(ab), y = _mm256_castps_pd(cd);
+    return {_mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(x, y)), _mm256_castpd_ps(_mm256_unpackhi_pd(x, y)))};
+}
+static inline Vec hsum_whole(Vec a, Vec b) {
+    return {_mm256_add_ps(_mm256_permute2f128_ps(a.v, b.v, 0x20), _mm256_permute2f128_ps(a.v, b.v, 0x31))};
 }
 
 } // namespace llaisys::LLAISYS_TIER

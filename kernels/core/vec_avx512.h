@@ -39,13 +39,19 @@ static inline Vec round_int(Vec x) {
 }
 static inline Vec scale2(Vec x, Vec n) { return {_mm512_scalef_ps(x.v, n.v)}; }
 
-static inline __m256i to_bf16(__m512 x) {
-    const __m512i bits = _mm512_castps_si512(x), high = _mm512_srli_epi32(bits, 16);
-    const __m512i bias = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), _mm512_and_si512(high, _mm512_set1_epi32(1)));
-    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, bias), 16);
-    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40)));
+// The bf16 nearest to each lane in its upper half, and remains in the lower one; NaN as vec_scalar.h has it.
+static inline __m512i bf16_bits(__m512 x) {
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
 }
+static inline Vec clean_nan(Vec x) {
+    const __m512i bits = _mm512_castps_si512(x.v);
+    const __m512i clean =
+        _mm512_or_si512(_mm512_and_si512(bits, _mm512_set1_epi32(int(0xffff0000))), _mm512_set1_epi32(0x400000));
+    return {_mm512_mask_mov_ps(x.v, _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q), _mm512_castsi512_ps(clean))};
+}
+static inline __m256i to_bf16(__m512 x) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bf16_bits(x), 16)); }
 static inline __mmask16 first(int64_t n) { return __mmask16((1u << n) - 1); }
 
 static inline Vec widen(__m256i h) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))}; }
@@ -70,11 +76,61 @@ static inline void load2(const T *p, Vec &a, Vec &b) {
     a = load(p);
     b = load(p + Vec::N);
 }
-// bf16: a shift gives the even elements and a mask the odd ones, one instruction each instead of two.
-static inline void load2(const bf16 *p, Vec &a, Vec &b) {
-    const __m512i pairs = _mm512_loadu_si512(p);
+template <class T>
+static inline void store2(T *p, Vec a, Vec b) {
+    store(p, a);
+    store(p + Vec::N, b);
+}
+// bf16: a shift gives the even elements and a mask the odd ones, one instruction each instead of two; a shift and a
+// blend put them together again, without a shuffle.
+static inline void split_pairs(__m512i pairs, Vec &a, Vec &b) {
     a = {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))};
     b = {_mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000))))};
 }
+static inline __m512i join_pairs(Vec a, Vec b) {
+    return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(bf16_bits(a.v), 16), bf16_bits(b.v));
+}
+static inline void load2(const bf16 *p, Vec &a, Vec &b) { split_pairs(_mm512_loadu_si512(p), a, b); }
+static inline void store2(bf16 *p, Vec a, Vec b) { _mm512_storeu_si512(p, join_pairs(a, b)); }
+
+// The first n < 2 N elements, the rest zero; nothing behind them is touched.
+template <class T>
+static inline void load2(const T *p, int64_t n, Vec &a, Vec &b) {
+    a = load(p, n < Vec::N ? n : Vec::N);
+    b = n > Vec::N ? load(p + Vec::N, n - Vec::N) : zero();
+}
+template <class T>
+static inline void store2(T *p, Vec a, Vec b, int64_t n) {
+    store(p, a, n < Vec::N ? n : Vec::N);
+    if (n > Vec::N) store(p + Vec::N, b, n - Vec::N);
+}
+static inline __mmask32 first_pairs(int64_t n) { return __mmask32((uint64_t(1) << n) - 1); }
+static inline void load2(const bf16 *p, int64_t n, Vec &a, Vec &b) {
+    split_pairs(_mm512_maskz_loadu_epi16(first_pairs(n), p), a, b);
+}
+static inline void store2(bf16 *p, Vec a, Vec b, int64_t n) {
+    _mm512_mask_storeu_epi16(p, first_pairs(n), join_pairs(a, b));
+}
+
+// `x` rounded to T and widened again: a rounding point of the contract.
+template <class T>
+static inline Vec round_to(Vec x) {
+    if constexpr (__is_same(T, f16)) return {_mm512_cvtph_ps(to_f16(x.v))};
+    if constexpr (__is_same(T, bf16))
+        return {_mm512_castsi512_ps(_mm512_and_si512(bf16_bits(x.v), _mm512_set1_epi32(int(0xffff0000))))};
+    return x;
+}
+
+// For hsums: the sums of the lanes of four vectors within each 128 bits, and of all 128-bit parts of two such vectors.
+static inline Vec hsum_parts(Vec a, Vec b, Vec c, Vec d) {
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c.v, d.v), _mm512_unpackhi_ps(c.v, d.v));
+    const __m512d x = _mm512_castps_pd(ab), y = _mm512_castps_pd(cd);
+    return {_mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)))};
+}
+static inline Vec fold(Vec a, Vec b) {
+    return {_mm512_add_ps(_mm512_shuffle_f32x4(a.v, b.v, 0x88), _mm512_shuffle_f32x4(a.v, b.v, 0xdd))};
+}
+static inline Vec hsum_whole(Vec a, Vec b, Vec c, Vec d) { return fold(fold(a, b), fold(c, d)); }
 
 } // namespace llaisys::LLAISYS_TIER

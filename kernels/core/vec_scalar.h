@@ -76,10 +76,15 @@ static inline uint16_t to_f16(float x) {
     return uint16_t(sign | ((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13));
 }
 
+// Storing and rounding to bf16 takes NaNs as they come out of arithmetic on bf16: quiet, with nothing in the lower half
+// that a carry could come from. Where others may come (from memory, as f32 or f16), clean_nan makes them so.
 static inline u32x4 to_bf16(f32x4 x) {
-    const u32x4 bits = (u32x4)x, nan = (u32x4)(x != x);
-    const u32x4 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return (nan & ((bits >> 16) | 0x40)) | (~nan & rounded);
+    const u32x4 bits = (u32x4)x;
+    return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+static inline Vec clean_nan(Vec x) {
+    const u32x4 bits = (u32x4)x.v, nan = (u32x4)(x.v != x.v);
+    return {(f32x4)((nan & ((bits & 0xffff0000) | 0x400000)) | (~nan & bits))};
 }
 
 static inline Vec load(const float *p) {
@@ -121,5 +126,26 @@ static inline void load2(const T *p, Vec &a, Vec &b) {
     a = load(p);
     b = load(p + Vec::N);
 }
+
+template <class T>
+static inline void store2(T *p, Vec a, Vec b) {
+    store(p, a);
+    store(p + Vec::N, b);
+}
+
+// `x` rounded to T and widened again: a rounding point of the contract.
+template <class T>
+static inline Vec round_to(Vec x) {
+    if constexpr (__is_same(T, f16)) {
+        const u32x4 h = {to_f16(x.v[0]), to_f16(x.v[1]), to_f16(x.v[2]), to_f16(x.v[3])};
+        return {from_f16(h)};
+    }
+    if constexpr (__is_same(T, bf16)) return {(f32x4)(to_bf16(x.v) << 16)};
+    return x;
+}
+
+// For hsums: the sums of the lanes of four vectors.
+static inline Vec hsum_parts(Vec a, Vec b, Vec c, Vec d) { return {f32x4{hsum(a), hsum(b), hsum(c), hsum(d)}}; }
+static inline Vec hsum_whole(Vec a) { return a; }
 
 } // namespace llaisys::LLAISYS_TIER

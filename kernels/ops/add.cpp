@@ -17,9 +17,9 @@ void add(const AddArgs &args, int64_t row, int64_t begin, int64_t end) {
     with_type(args.dtype, [&]<class T>(T) {
         auto *out = (T *)row_at(args.out, row);
         const auto *a = (const T *)row_at(args.a, row), *b = (const T *)row_at(args.b, row);
-        int64_t i = begin;
-        for (; i + Vec::N <= end; i += Vec::N) store(out + i, load(a + i) + load(b + i));
-        if (i < end) store(out + i, load(a + i, end - i) + load(b + i, end - i), end - i);
+        for_pairs(begin, end, [&](int64_t i, int64_t n) LLAISYS_INLINE {
+            store_pair(out + i, load_pair(a + i, n) + load_pair(b + i, n), n);
+        });
     });
 }
 
@@ -40,7 +40,7 @@ int32_t llaisysAdd(LlaisysTensor *out, const LlaisysTensor *a, const LlaisysTens
         Rows rows[3] = {};
         make_joint_rows({out, a, b}, rows);
         args.out = rows[0], args.a = rows[1], args.b = rows[2];
-        for_each_span(args.out, [&, kernel = add_kernel.get()](int64_t row, int64_t begin, int64_t end) {
+        for_each_span(args.out, 32768, [&, kernel = add_kernel.get()](int64_t row, int64_t begin, int64_t end) {
             kernel(args, row, begin, end);
         });
     });

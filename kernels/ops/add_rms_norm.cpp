@@ -15,21 +15,19 @@ using AddRmsNormFn = void(const AddRmsNormArgs &, int64_t begin, int64_t end);
 
 namespace LLAISYS_TIER {
 
-template <class T>
-static void add_row(T *sum, const T *a, const T *b, int64_t n) {
-    int64_t i = 0;
-    for (; i + Vec::N <= n; i += Vec::N) store(sum + i, load(a + i) + load(b + i));
-    if (i < n) store(sum + i, load(a + i, n - i) + load(b + i, n - i), n - i);
-}
-
 AddRmsNormFn add_rms_norm;
 void add_rms_norm(const AddRmsNormArgs &args, int64_t begin, int64_t end) {
     with_type(args.dtype, [&]<class T>(T) {
         const int64_t n = args.a.length;
         for (int64_t i = begin; i < end; ++i) {
             auto *sum = (T *)row_at(args.sum, i);
-            add_row(sum, (const T *)row_at(args.a, i), (const T *)row_at(args.b, i), n);
-            rms_norm_row((T *)row_at(args.out, i), sum, (const T *)args.weight, n, args.eps);
+            const auto *a = (const T *)row_at(args.a, i), *b = (const T *)row_at(args.b, i);
+            const auto pair = [&](int64_t j, int64_t count) LLAISYS_INLINE {
+                const Pair x = round_to<T>(load_pair(a + j, count) + load_pair(b + j, count));
+                store_pair(sum + j, x, count);
+                return x;
+            };
+            scale_row((T *)row_at(args.out, i), sum, (const T *)args.weight, n, sum_of_squares(n, pair), args.eps);
         }
     });
 }
@@ -73,7 +71,7 @@ int32_t llaisysAddRmsNorm(LlaisysTensor *out, LlaisysTensor *sum, const LlaisysT
         const AddRmsNormArgs args{make_rows(*out), make_rows(*sum), make_rows(*a), make_rows(*b), weight->data, eps,
                                   a->dtype};
         if (args.a.length == 0) return;
-        const int64_t count = args.a.count, least = std::max<int64_t>(1, 8192 / args.a.length);
+        const int64_t count = args.a.count, least = std::max<int64_t>(1, 16384 / args.a.length);
         parallel_for(count, grain_for(count, least),
                      [&, kernel = add_rms_norm_kernel.get()](int64_t begin, int64_t end) { kernel(args, begin, end); });
     });

@@ -1,5 +1,8 @@
 // out = r(x weight^T + bias), with weight [N, C] as it lies in the checkpoint.
-#include "linear.h"
+//
+// Rows of x are packed into panels once, for all threads. Few rows are multiplied by the weights on their way from
+// memory; for many, blocks of the weights are packed too, into memory of the thread's own.
+#include "linear_tile.h"
 
 #if defined(__AMX_BF16__)
 #include "linear_amx.h"
@@ -7,106 +10,131 @@
 
 namespace llaisys {
 
-// Rows of x that are widened and multiplied together: 64 rows of a block of 1024 columns stay in the second-level
-// cache.
-constexpr int64_t LINEAR_ROWS = 64;
-// Most output features of one part of the work; parts are multiples of 48, and so of all tiles' widths (3, 4, 16).
+// Most rows of x that are packed and multiplied together, and most output features of one part of the work: their sums
+// and a block of the weights, LINEAR_FEATURES * BLOCK_BYTES, stay in the second-level cache.
+constexpr int64_t LINEAR_ROWS = 516;
 constexpr int64_t LINEAR_FEATURES = 96;
 
 struct LinearArgs {
     Rows out, x, weight;
     const char *bias; // NULL or N elements
-    void *panel;      // up to LINEAR_ROWS rows of x in the form that the kernel multiplies
+    char *panel;      // rows of x in the form that the kernel multiplies
+    int64_t row;      // of x: the first in the panel
+    int64_t rows;     // in the panel, at most LINEAR_ROWS
     int32_t dtype;
 };
-// Bytes of a panel.
-using LinearPanelFn = int64_t(const LinearArgs &, int64_t rows);
-// Packs `rows` rows of x, from `row` on, into the panel; of its groups of 16 rows only [begin, end).
-using LinearPackFn = void(const LinearArgs &, int64_t row, int64_t rows, int64_t begin, int64_t end);
-// The output features [begin, end), at most LINEAR_FEATURES, of the `rows` rows of the panel, which start at `row`.
-using LinearFn = void(const LinearArgs &, int64_t row, int64_t rows, int64_t begin, int64_t end);
+// What the panel and the work of a thread take, and what the rows of x are cut into.
+struct LinearPlan {
+    int64_t panel_bytes, work_bytes;
+    int64_t tiles; // of rows
+};
+using LinearPlanFn = LinearPlan(const LinearArgs &);
+// Packs the tiles [begin, end) of x.
+using LinearPackFn = void(const LinearArgs &, int64_t begin, int64_t end);
+// The output features [begin, end), at most LINEAR_FEATURES, of the tiles [first, last).
+using LinearFn = void(const LinearArgs &, int64_t first, int64_t last, int64_t begin, int64_t end, char *work);
 
 namespace LLAISYS_TIER {
 
-constexpr int64_t GROUP = 16;
+// Of x: tiles of nearly the same number of rows. Tile t starts at row t * rows / tiles.
+static inline int64_t tiles_of(const LinearArgs &args) { return (args.rows + TILE_ROWS - 1) / TILE_ROWS; }
+static inline int64_t tile_row(const LinearArgs &args, int64_t tile) { return tile * args.rows / tiles_of(args); }
 
-LinearPanelFn linear_panel;
-int64_t linear_panel(const LinearArgs &args, int64_t rows) {
-#if defined(__AMX_BF16__)
-    if (args.dtype == LLAISYS_DTYPE_BF16) return tile_panel_bytes(rows, args.x.length);
-#endif
-    return rows * padded(args.x.length) * int64_t(sizeof(float));
-}
-
-LinearPackFn linear_pack;
-void linear_pack(const LinearArgs &args, int64_t row, int64_t rows, int64_t begin, int64_t end) {
-#if defined(__AMX_BF16__)
-    if (args.dtype == LLAISYS_DTYPE_BF16) {
-        const int64_t block = panel_block(rows, args.x.length);
-        for (int64_t g = begin; g < end; ++g) {
-            const int64_t m = g * GROUP, count = rows - m < GROUP ? rows - m : GROUP;
-            pack_block((bf16 *)args.panel + g * block, args.x, row + m, count, block_rows(rows));
-        }
-        return;
-    }
-#endif
-    with_type(args.dtype, [&]<class T>(T) {
-        const int64_t last = end * GROUP < rows ? end * GROUP : rows;
-        for (int64_t m = begin * GROUP; m < last; ++m)
-            widen_row((float *)args.panel + m * padded(args.x.length), (const T *)row_at(args.x, row + m),
-                      args.x.length);
-    });
-}
-
-// Few rows: the weights are widened on the way from memory, four rows of them at a time so that the additions of one
-// wait for no other.
+// Columns and panel bytes of a row, from column `c` to the end of the block that starts there.
 template <class T>
-static void few_rows(const LinearArgs &args, float *sums, int64_t rows, int64_t begin, int64_t end) {
-    const int64_t columns = args.x.length, panel_row = padded(columns);
-    const auto *panel = (const float *)args.panel;
-    int64_t n = begin;
-    const auto block_of = [&](int64_t c) { return columns - c < BLOCK ? columns - c : BLOCK; };
-    for (; n + 4 <= end; n += 4) {
-        for (int64_t c = 0; c < columns; c += BLOCK) {
-            const T *w[4];
-            for (int j = 0; j < 4; ++j) w[j] = (const T *)row_at(args.weight, n + j) + c;
-            dot_rows<4, false>(sums + (n - begin), LINEAR_FEATURES, panel + c, panel_row, rows, w, block_of(c), c == 0);
-        }
-    }
-    for (; n < end; ++n) {
-        for (int64_t c = 0; c < columns; c += BLOCK) {
-            const T *w[1] = {(const T *)row_at(args.weight, n) + c};
-            dot_rows<1, false>(sums + (n - begin), LINEAR_FEATURES, panel + c, panel_row, rows, w, block_of(c), c == 0);
-        }
-    }
+static inline int64_t block_columns(int64_t columns, int64_t c) {
+    return columns - c < BLOCK_COLUMNS<T> ? columns - c : BLOCK_COLUMNS<T>;
+}
+// Where the block of the panel that starts with column c begins, which is BLOCK_BYTES * n of a row.
+template <class T>
+static inline char *block_of(const LinearArgs &args, int64_t c) {
+    return args.panel + panel_bytes<T>(c) * args.rows;
 }
 
-// Many rows: a block of a few rows of the weights is widened once and used by all rows of the panel.
 template <class T>
-static void many_rows(const LinearArgs &args, float *sums, int64_t rows, int64_t begin, int64_t end) {
-    constexpr int NW = Vec::N == 16 ? 4 : 3;
-    const int64_t columns = args.x.length, panel_row = padded(columns);
-    const auto *panel = (const float *)args.panel;
-    alignas(64) float wide[NW][BLOCK];
-    for (int64_t c = 0; c < columns; c += BLOCK) {
-        const int64_t block = columns - c < BLOCK ? columns - c : BLOCK;
-        int64_t n = begin;
-        for (; n + NW <= end; n += NW) {
-            const float *w[NW];
-            for (int j = 0; j < NW; ++j) {
-                widen_row(wide[j], (const T *)row_at(args.weight, n + j) + c, block);
-                w[j] = wide[j];
+static void pack(const LinearArgs &args, int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+        const int64_t first = tile_row(args, tile), rows = tile_row(args, tile + 1) - first;
+        for (int64_t m = 0; m < rows; ++m) {
+            const T *row = (const T *)row_at(args.x, args.row + first + m);
+            for (int64_t c = 0; c < args.x.length; c += BLOCK_COLUMNS<T>) {
+                const int64_t columns = block_columns<T>(args.x.length, c);
+                pack_row(block_of<T>(args, c) + first * panel_bytes<T>(columns) + m * REG, rows, row + c, columns);
             }
-            dot_rows<NW, true>(sums + (n - begin), LINEAR_FEATURES, panel + c, panel_row, rows, w, padded(block),
-                               c == 0);
-        }
-        for (; n < end; ++n) {
-            widen_row(wide[0], (const T *)row_at(args.weight, n) + c, block);
-            const float *w[1] = {wide[0]};
-            dot_rows<1, true>(sums + (n - begin), LINEAR_FEATURES, panel + c, panel_row, rows, w, padded(block),
-                              c == 0);
         }
     }
+}
+
+template <class T>
+static inline const T *weights(const LinearArgs &args, int64_t n) {
+    return (const T *)row_at(args.weight, n);
+}
+
+// One tile of rows: N rows of the weights at a time, straight from memory. M is the number of rows.
+template <class T, int M>
+static void few_rows(const LinearArgs &args, float *sums, int64_t begin, int64_t end) {
+    constexpr int N = Vec::N == 16 ? 4 : M <= 2 ? 4 : M == 3 ? 3 : 2; // as many as there are registers for
+    int64_t n = begin;
+    const auto rows = [&]<int COUNT>() {
+        const T *w[COUNT], *next[COUNT];
+        for (int i = 0; i < COUNT; ++i) {
+            w[i] = weights<T>(args, n + i);
+            next[i] = weights<T>(args, n + COUNT + i < end ? n + COUNT + i : n + i);
+        }
+        memory_tile<T, M, COUNT>(sums + (n - begin), LINEAR_FEATURES, args.panel, w, next, args.x.length);
+        n += COUNT;
+    };
+    while (n + N <= end) rows.template operator()<N>();
+    while (n < end) rows.template operator()<1>();
+}
+
+// Calls `call` with `rows`, 1 to TILE_ROWS, as a constant.
+template <class Call>
+static inline void with_rows(int64_t rows, Call call) {
+    switch (rows) {
+    case 1: return call.template operator()<1>();
+    case 2: return call.template operator()<2>();
+    case 3: return call.template operator()<3>();
+    case 4: return call.template operator()<4>();
+    }
+    if constexpr (TILE_ROWS > 4) {
+        if (rows == 5) return call.template operator()<5>();
+        call.template operator()<6>();
+    }
+}
+
+// Features of a block of packed weights: with few tiles of x, those of one tile, which stays in the first-level cache
+// while the tiles of x pass; with many, as many as there are, so that a tile of x stays there while they pass.
+static inline int64_t features_at_once(int64_t tiles) { return tiles <= 8 ? TILE_FEATURES : LINEAR_FEATURES; }
+
+template <class T>
+static void many_rows(const LinearArgs &args, float *sums, char *packed, int64_t first, int64_t last, int64_t begin,
+                      int64_t end) {
+    const int64_t columns = args.x.length, step = features_at_once(last - first);
+    for (int64_t n = begin; n < end; n += step)
+        for (int64_t c = 0; c < columns; c += BLOCK_COLUMNS<T>) {
+            const int64_t block = block_columns<T>(columns, c), bytes = panel_bytes<T>(block);
+            const int64_t until = end - n < step ? end : n + step;
+            for (int64_t i = n; i < until; i += TILE_FEATURES)
+                for (int64_t j = 0; j < TILE_FEATURES; ++j) {
+                    char *to = packed + (i - n) * bytes + j * REG;
+                    if (i + j < until)
+                        pack_row(to, TILE_FEATURES, weights<T>(args, i + j) + c, block);
+                    else
+                        for (int64_t at = 0; at < bytes; at += REG) memset(to + at * TILE_FEATURES, 0, REG);
+                }
+            for (int64_t tile = first; tile < last; ++tile) {
+                const int64_t row = tile_row(args, tile), rows = tile_row(args, tile + 1) - row;
+                const char *x = block_of<T>(args, c) + row * bytes;
+                float *out = sums + (row - tile_row(args, first)) * LINEAR_FEATURES + (n - begin);
+                with_rows(rows, [&]<int M>() {
+                    for (int64_t i = 0; i < until - n; i += TILE_FEATURES) {
+                        const char *const ahead[2] = {x, x};
+                        panel_tile<T, M>(out + i, LINEAR_FEATURES, x, packed + i * bytes, bytes, c == 0, ahead);
+                    }
+                });
+            }
+        }
 }
 
 template <class T>
@@ -121,22 +149,37 @@ static void finish_row(T *out, const float *sums, const T *bias, int64_t n) {
     if (i < n) store(out + i, value(n - i), n - i);
 }
 
-LinearFn linear;
-void linear(const LinearArgs &args, int64_t row, int64_t rows, int64_t begin, int64_t end) {
+LinearPlanFn linear_plan;
+LinearPlan linear_plan(const LinearArgs &args) {
+    LinearPlan plan{};
     with_type(args.dtype, [&]<class T>(T) {
-        alignas(64) float sums[LINEAR_ROWS * LINEAR_FEATURES];
+        plan.panel_bytes = args.rows * panel_bytes<T>(args.x.length);
+        plan.tiles = tiles_of(args);
+        const int64_t sums = args.rows * LINEAR_FEATURES * int64_t(sizeof(float));
+        plan.work_bytes = sums + (plan.tiles > 1 ? features_at_once(plan.tiles) * BLOCK_BYTES : 0);
+    });
+    return plan;
+}
+
+LinearPackFn linear_pack;
+void linear_pack(const LinearArgs &args, int64_t begin, int64_t end) {
+    with_type(args.dtype, [&]<class T>(T) { pack<T>(args, begin, end); });
+}
+
+LinearFn linear;
+void linear(const LinearArgs &args, int64_t first, int64_t last, int64_t begin, int64_t end, char *work) {
+    with_type(args.dtype, [&]<class T>(T) {
+        const int64_t row = tile_row(args, first), rows = tile_row(args, last) - row;
+        auto *sums = (float *)work;
+        char *packed = work + rows * LINEAR_FEATURES * int64_t(sizeof(float));
         if (args.x.length == 0)
-            memset(sums, 0, sizeof sums);
-#if defined(__AMX_BF16__)
-        else if (args.dtype == LLAISYS_DTYPE_BF16)
-            tile_sums(sums, LINEAR_FEATURES, args.weight, (const bf16 *)args.panel, rows, begin, end);
-#endif
-        else if (rows <= 4)
-            few_rows<T>(args, sums, rows, begin, end);
+            memset(sums, 0, size_t(packed - work));
+        else if (tiles_of(args) == 1)
+            with_rows(rows, [&]<int M>() { few_rows<T, M>(args, sums, begin, end); });
         else
-            many_rows<T>(args, sums, rows, begin, end);
+            many_rows<T>(args, sums, packed, first, last, begin, end);
         for (int64_t m = 0; m < rows; ++m)
-            finish_row((T *)row_at(args.out, row + m) + begin, sums + m * LINEAR_FEATURES,
+            finish_row((T *)row_at(args.out, args.row + row + m) + begin, sums + m * LINEAR_FEATURES,
                        args.bias ? (const T *)args.bias + begin : nullptr, end - begin);
     });
 }
@@ -153,9 +196,9 @@ void linear(const LinearArgs &args, int64_t row, int64_t rows, int64_t begin, in
 
 namespace llaisys {
 
-LLAISYS_KERNEL_AMX(linear, LinearFn);
-LLAISYS_KERNEL_AMX(linear_pack, LinearPackFn);
-LLAISYS_KERNEL_AMX(linear_panel, LinearPanelFn);
+LLAISYS_KERNEL_BF16(linear, LinearFn);
+LLAISYS_KERNEL_BF16(linear_pack, LinearPackFn);
+LLAISYS_KERNEL_BF16(linear_plan, LinearPlanFn);
 
 static void check_linear(LlaisysTensor *out, const LlaisysTensor *x, const LlaisysTensor *weight,
                          const LlaisysTensor *bias) {
@@ -175,11 +218,12 @@ static void check_linear(LlaisysTensor *out, const LlaisysTensor *x, const Llais
     check_output({"out", out}, {{"x", x}, {"weight", weight}, {"bias", bias}});
 }
 
-// Features of one part: all threads get some, and a part is no larger than the kernel's buffer.
+// Features of one part: all threads get some, and a part is no larger than the kernel's buffer. Multiples of 12, and so
+// of every tile's width.
 static int64_t linear_features(int64_t features) {
     const int64_t parts = int64_t(num_threads()) * 4;
     const int64_t wanted = (features + parts - 1) / parts;
-    return std::clamp<int64_t>((wanted + 47) / 48 * 48, 48, LINEAR_FEATURES);
+    return std::clamp<int64_t>((wanted + 11) / 12 * 12, 24, LINEAR_FEATURES);
 }
 
 } // namespace llaisys
@@ -190,18 +234,34 @@ int32_t llaisysLinear(LlaisysTensor *out, const LlaisysTensor *x, const LlaisysT
     return guarded("linear", [&] {
         check_linear(out, x, weight, bias);
         if (numel(*out) == 0) return;
-        LinearArgs args{
-            make_rows(*out), make_rows(*x), make_rows(*weight), bias ? static_cast<const char *>(bias->data) : nullptr,
-            nullptr,         x->dtype};
+        LinearArgs args{make_rows(*out),
+                        make_rows(*x),
+                        make_rows(*weight),
+                        bias ? static_cast<const char *>(bias->data) : nullptr,
+                        nullptr,
+                        0,
+                        0,
+                        x->dtype};
         const auto kernel = linear_kernel.get();
         const auto pack = linear_pack_kernel.get();
-        const int64_t total = args.x.count;
-        args.panel = scratch(SLOT_INPUT, size_t(linear_panel_kernel.get()(args, std::min(total, LINEAR_ROWS))));
-        const int64_t features = weight->shape[0], part = linear_features(features);
-        for (int64_t row = 0; row < total; row += LINEAR_ROWS) {
-            const int64_t rows = std::min(total - row, LINEAR_ROWS);
-            parallel_for((rows + 15) / 16, 1, [&](int64_t begin, int64_t end) { pack(args, row, rows, begin, end); });
-            parallel_for(features, part, [&](int64_t begin, int64_t end) { kernel(args, row, rows, begin, end); });
+        const int64_t total = args.x.count, features = weight->shape[0];
+        const int64_t passes = (total + LINEAR_ROWS - 1) / LINEAR_ROWS;
+        for (int64_t pass = 0; pass < passes; ++pass) {
+            args.row = pass * total / passes;
+            args.rows = (pass + 1) * total / passes - args.row;
+            const LinearPlan plan = linear_plan_kernel.get()(args);
+            args.panel = static_cast<char *>(scratch(SLOT_INPUT, size_t(plan.panel_bytes)));
+            parallel_for(plan.tiles, grain_for(plan.tiles, 4),
+                         [&](int64_t begin, int64_t end) { pack(args, begin, end); });
+            const int64_t part = linear_features(features), parts = (features + part - 1) / part;
+            // Where there are too few features for the threads, the rows are shared out as well.
+            const int64_t cuts = std::clamp<int64_t>(int64_t(num_threads()) * 2 / parts, 1, (plan.tiles + 7) / 8);
+            parallel_for(parts * cuts, 1, [&](int64_t item, int64_t) {
+                const int64_t begin = item / cuts * part, cut = item % cuts;
+                auto *work = static_cast<char *>(scratch(SLOT_WORK, size_t(plan.work_bytes)));
+                kernel(args, cut * plan.tiles / cuts, (cut + 1) * plan.tiles / cuts, begin,
+                       std::min(begin + part, features), work);
+            });
         }
     });
 }

@@ -18,9 +18,12 @@ namespace LLAISYS_TIER {
 RmsNormFn rms_norm;
 void rms_norm(const RmsNormArgs &args, int64_t begin, int64_t end) {
     with_type(args.dtype, [&]<class T>(T) {
-        for (int64_t i = begin; i < end; ++i)
-            rms_norm_row((T *)row_at(args.out, i), (const T *)row_at(args.x, i), (const T *)args.weight, args.x.length,
-                         args.eps);
+        const int64_t n = args.x.length;
+        for (int64_t i = begin; i < end; ++i) {
+            const auto *x = (const T *)row_at(args.x, i);
+            const auto pair = [&](int64_t j, int64_t count) LLAISYS_INLINE { return load_pair(x + j, count); };
+            scale_row((T *)row_at(args.out, i), x, (const T *)args.weight, n, sum_of_squares(n, pair), args.eps);
+        }
     });
 }
 
@@ -57,7 +60,7 @@ int32_t llaisysRmsNorm(LlaisysTensor *out, const LlaisysTensor *x, const Llaisys
         check_rms_norm(out, x, weight, eps);
         const RmsNormArgs args{make_rows(*out), make_rows(*x), weight->data, eps, x->dtype};
         if (args.x.length == 0) return;
-        const int64_t count = args.x.count, least = std::max<int64_t>(1, 8192 / args.x.length);
+        const int64_t count = args.x.count, least = std::max<int64_t>(1, 16384 / args.x.length);
         parallel_for(count, grain_for(count, least),
                      [&, kernel = rms_norm_kernel.get()](int64_t begin, int64_t end) { kernel(args, begin, end); });
     });

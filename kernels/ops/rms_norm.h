@@ -5,34 +5,32 @@
 
 namespace llaisys::LLAISYS_TIER {
 
-// Sum of the squares of a row. Four accumulators, lanes along the row, one reduction at the end.
-template <class T>
-static inline float sum_of_squares(const T *x, int64_t n) {
-    constexpr int N = Vec::N;
+// Sum of the squares of n elements, which `pair(i, n)` gives two vectors at a time. Four accumulators, lanes along the
+// row, one reduction at the end.
+template <class Pairs>
+static inline float sum_of_squares(int64_t n, Pairs pair) {
     Vec sum[4] = {zero(), zero(), zero(), zero()};
+    const auto add = [&](int at, Pair x) LLAISYS_INLINE {
+        sum[at] = fma(x.a, x.a, sum[at]);
+        sum[at + 1] = fma(x.b, x.b, sum[at + 1]);
+    };
     int64_t i = 0;
-    for (; i + 4 * N <= n; i += 4 * N)
-        for (int j = 0; j < 4; ++j) {
-            const Vec v = load(x + i + j * N);
-            sum[j] = fma(v, v, sum[j]);
-        }
-    for (; i + N <= n; i += N) {
-        const Vec v = load(x + i);
-        sum[0] = fma(v, v, sum[0]);
+    for (; i + 2 * PAIR <= n; i += 2 * PAIR) {
+        add(0, pair(i, PAIR));
+        add(2, pair(i + PAIR, PAIR));
     }
-    if (i < n) {
-        const Vec v = load(x + i, n - i);
-        sum[1] = fma(v, v, sum[1]);
-    }
+    for_pairs(i, n, [&](int64_t j, int64_t count) LLAISYS_INLINE { add(0, pair(j, count)); });
     return hsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
+// The row x, of n elements, normalised, given the sum of its squares.
 template <class T>
-static inline void rms_norm_row(T *out, const T *x, const T *weight, int64_t n, float eps) {
-    const Vec scale = set1(1.0f / __builtin_sqrtf(sum_of_squares(x, n) / float(n) + eps));
-    int64_t i = 0;
-    for (; i + Vec::N <= n; i += Vec::N) store(out + i, round_to<T>(load(x + i) * scale) * load(weight + i));
-    if (i < n) store(out + i, round_to<T>(load(x + i, n - i) * scale) * load(weight + i, n - i), n - i);
+static inline void scale_row(T *out, const T *x, const T *weight, int64_t n, float squares, float eps) {
+    const Vec scale = set1(1.0f / __builtin_sqrtf(squares / float(n) + eps));
+    for_pairs(0, n, [&](int64_t i, int64_t count) LLAISYS_INLINE {
+        const Pair normal = load_pair(x + i, count) * Pair{scale, scale};
+        store_pair(out + i, round_to<T>(normal) * load_pair(weight + i, count), count);
+    });
 }
 
 } // namespace llaisys::LLAISYS_TIER

@@ -80,7 +80,7 @@ static void load_queries(const AttentionArgs &args, const Work &w, int64_t kv_he
         const int64_t t = begin + r / group, h = kv_head * group + r % group;
         const auto *q = (const T *)(args.q + t * args.q_token + h * args.q_head);
         if (args.table) {
-            rope_row((T *)w.rotated, q, args.table + t * d, d / 2);
+            rope_row((T *)w.rotated, q, (const T *)args.table + t * d, d / 2);
             q = (const T *)w.rotated;
         }
         widen_row(w.queries + r * padded(d), q, d);
@@ -330,7 +330,7 @@ static float *floats(Slot slot, int64_t count) {
 }
 
 void run_attention(LlaisysTensor *out, const LlaisysTensor *q, const LlaisysTensor *k, const LlaisysTensor *v,
-                   float scale, const float *table) {
+                   float scale, const void *table) {
     const int64_t size = dtype_size(q->dtype);
     AttentionArgs args{};
     args.out = static_cast<char *>(out->data);

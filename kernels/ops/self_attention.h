@@ -11,7 +11,7 @@ struct AttentionArgs {
     int64_t out_token, out_head, q_token, q_head, k_token, k_head, v_token, v_head; // strides in bytes
     int64_t tokens, keys, heads, kv_heads, head_dim;
     float scale;
-    const float *table; // of rope.h, to rotate q with; NULL: q is taken as it is
+    const void *table; // of rope.h, to rotate q with; NULL: q is taken as it is
     int32_t dtype;
     float *partial; // results of single blocks, where they are computed apart; see self_attention.cpp
 };
@@ -27,7 +27,7 @@ namespace llaisys {
 void check_attention(LlaisysTensor *out, const LlaisysTensor *q, const LlaisysTensor *k, const LlaisysTensor *v,
                      float scale);
 void run_attention(LlaisysTensor *out, const LlaisysTensor *q, const LlaisysTensor *k, const LlaisysTensor *v,
-                   float scale, const float *table);
+                   float scale, const void *table);
 
 } // namespace llaisys
 #endif

@@ -38,9 +38,9 @@ class CachedSequence:
 
     def feed(self, tokens: list[int]) -> Array:
         """Append tokens; the logits [V] of the last one."""
-        logits = self.session.forward(tokens, last=1)
+        logits: Array = self.session.forward(tokens, last=1)[0]
         self.tokens += tokens
-        return np.asarray(logits[0])
+        return logits
 
 
 class SequencePool:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable, Generator, Mapping
-from ctypes import POINTER, byref, c_float, c_int32, c_int64, c_size_t, c_void_p
+from ctypes import byref, c_int32, c_size_t, c_void_p
 from typing import Any
 
 import numpy as np
 
+from .._interop import address_of
 from .._lib import LlaisysNode, LlaisysQwen2Meta, LlaisysTensor, TapCallback, check_call, check_handle, library
 from ..config import Qwen2Config
 from ..dtypes import DataType, DeviceType
@@ -97,11 +98,7 @@ class NativeSession:
         """Append tokens; the logits of the last `nlogits`."""
         logits = np.empty((nlogits, self._vocab_size), np.float32)
         status = library().llaisysQwen2SessionForward(
-            self._handle,
-            tokens.ctypes.data_as(POINTER(c_int64)),
-            len(tokens),
-            logits.ctypes.data_as(POINTER(c_float)),
-            nlogits,
+            self._handle, address_of(tokens), len(tokens), address_of(logits), nlogits
         )
         if self._tap is not None:
             self._tap.reraise()

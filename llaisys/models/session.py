@@ -40,6 +40,8 @@ class Engine(Protocol):
 
 def as_tokens(label: str, token_ids: Any, vocab_size: int) -> Array:
     """`token_ids`, a list or a one-dimensional array of integers in [0, vocab_size), as int64 [T]."""
+    if type(token_ids) is list and len(token_ids) == 1 and type(token_ids[0]) is int and 0 <= token_ids[0] < vocab_size:
+        return np.array(token_ids, np.int64)  # what generate asks for at every token: a third of the general way
     if isinstance(token_ids, (str, bytes)):
         raise DTypeError(f"{label}: expected token ids, found text; model.tokenizer.encode(text) gives its ids")
     try:
@@ -151,7 +153,8 @@ class Session:
         count = len(tokens) if last is None else last
         if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or not 0 <= count <= len(tokens):
             raise InvalidArgumentError(f"last: expected 0 to {len(tokens)}, the number of tokens, found {last!r}")
-        with self._exclusive():
+        self._acquire()
+        try:
             length = self._engine.length
             if length + len(tokens) > config.max_position_embeddings:
                 raise InvalidArgumentError(
@@ -162,6 +165,8 @@ class Session:
             if not len(tokens):
                 return np.empty((0, config.vocab_size), np.float32)
             return self._engine.forward(tokens, int(count))
+        finally:
+            self._busy.release()
 
     def truncate(self, length: int) -> None:
         """Drop all but the first `length` tokens."""
@@ -228,10 +233,13 @@ class Session:
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
-        self._check_open()
-        if not self._busy.acquire(blocking=False):
-            raise StateError("the session is in use by another call; give each thread a session of its own")
+        self._acquire()
         try:
             yield
         finally:
             self._busy.release()
+
+    def _acquire(self) -> None:
+        self._check_open()
+        if not self._busy.acquire(blocking=False):
+            raise StateError("the session is in use by another call; give each thread a session of its own")

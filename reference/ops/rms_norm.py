@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bounds import U32, Array, Oracle, half_ulp, walk
+from ..bounds import U32, Array, Oracle, rounding_point, walk
 from ..numerics import cast, f32, f64, quiet, r
 from ..spec import Arg, Constraint, Dims, ErrorCase, Probe, Scalar, Spec, qwen2_bench
 
@@ -32,8 +32,7 @@ def oracle(x: Array, weight: Array, eps: float) -> tuple[Oracle, ...]:
     # inverse root halves it, as it does the roundings of the division by E and of adding eps: (walk(E + 1) + 2) / 2.
     # The root, its inverse and the product add 3; an approximate inverse root with one Newton step, 1 more.
     inner_a = U32 * np.abs(inner) * ((walk(size + 1) + 2) / 2 + 4)
-    # Rounding the inner part to T, and in f32 the product with the weight (the final rounding is not part of a).
-    inner_a = inner_a + half_ulp(np.abs(inner) + inner_a, x.dtype)
+    inner, inner_a = rounding_point(inner, inner_a, x.dtype)  # the product with the weight is the final rounding
     y = inner * f64(weight)
     return (Oracle(y, np.where(np.isfinite(y), inner_a * np.abs(f64(weight)), 0.0)),)
 

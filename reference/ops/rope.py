@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bounds import U32, Array, Oracle, half_ulp
+from ..bounds import U32, Array, Oracle, rounding_point
 from ..numerics import cast, f32, f64, quiet, r
 from ..spec import Arg, Constraint, Dims, ErrorCase, Probe, Scalar, Spec, qwen2_bench
 
@@ -52,16 +52,15 @@ def oracle(x: Array, pos_ids: Array, theta: float) -> tuple[Oracle, ...]:
     # cos and sin in f32 (2 u), rounded to T.
     off = U32 * (np.abs(angle) * (4 + exponent * abs(math.log(base))) + 2)
 
-    def product(factor: Array, z: Array) -> Array:
-        """Error of r(z * r(factor)). In f32 this is the product's own rounding, else products of two T are exact."""
-        factor_off = off + half_ulp(np.abs(factor) + off, x.dtype)
-        z_off = np.abs(z) * factor_off
-        return np.asarray(z_off + half_ulp(np.abs(z * factor) + z_off, x.dtype))
+    cos, sin = rounding_point(turn.real, off, x.dtype), rounding_point(turn.imag, off, x.dtype)
 
-    first, second = a * turn.real - b * turn.imag, b * turn.real + a * turn.imag
-    a_bound = product(turn.real, a) + product(turn.imag, b), product(turn.real, b) + product(turn.imag, a)
-    y = np.concatenate([first, second], axis=-1)
-    return (Oracle(y, np.where(np.isfinite(y), np.concatenate(a_bound, axis=-1), 0.0)),)
+    def product(z: Array, factor: tuple[Array, Array]) -> tuple[Array, Array]:
+        """r(z factor) and how far it may be off. In f32 that is the product's own rounding."""
+        return rounding_point(z * factor[0], np.abs(z) * factor[1], x.dtype)
+
+    (ac, ac_off), (as_, as_off), (bc, bc_off), (bs, bs_off) = (product(z, f) for z in (a, b) for f in (cos, sin))
+    y = np.concatenate([ac - bs, bc + as_], axis=-1)
+    return (Oracle(y, np.where(np.isfinite(y), np.concatenate([ac_off + bs_off, bc_off + as_off], axis=-1), 0.0)),)
 
 
 def make_inputs(spec: Spec, rng: np.random.Generator, dims: Dims, dtype: np.dtype[Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bounds import Array, Oracle, tolerance
+from ..bounds import Array, Oracle, rounding_point
 from ..spec import Arg, Constraint, Dims, ErrorCase, Probe, Spec
 from . import rope as rotary
 from . import self_attention as attention
@@ -21,9 +21,9 @@ def rope_self_attention(q: Array, pos_ids: Array, k: Array, v: Array, theta: flo
 
 
 def oracle(q: Array, pos_ids: Array, k: Array, v: Array, theta: float, scale: float) -> tuple[Oracle, ...]:
-    """Exact attention of exactly rotated queries; what the contract may round of these spreads through the scores."""
+    """Exact attention of the rotated queries; what is not known of these spreads through the scores."""
     (rotated,) = rotary.oracle(q, pos_ids, theta)
-    return (attention.attend(rotated.y, tolerance(rotated, q.dtype), k, v, scale),)
+    return (attention.attend(*rounding_point(rotated.y, np.asarray(rotated.a), q.dtype), k, v, scale),)
 
 
 def make_inputs(spec: Spec, rng: np.random.Generator, dims: Dims, dtype: np.dtype[Any]) -> dict[str, Any]:

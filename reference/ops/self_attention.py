@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bounds import U32, Array, L, Oracle, half_ulp, unit, walk
+from ..bounds import U32, Array, Oracle, half_ulp, random_sum, unit, walk
 from ..numerics import cast, f32, f64, quiet
 from ..spec import Arg, Constraint, Dims, ErrorCase, Probe, Scalar, Spec, qwen2_bench
 
@@ -31,39 +31,66 @@ def self_attention(q: Array, k: Array, v: Array, scale: float) -> Array:
     return cast(out.reshape(q.shape), q.dtype)
 
 
+#: Scores of the oracle at a time: what it needs of memory is a small multiple of this many f64.
+BLOCK = 1 << 20
+
+
 @quiet
 def attend(q: Array, q_off: Array, k: Array, v: Array, scale: float) -> Oracle:
-    """Attention of the f64 queries `q`, each known up to `q_off`, in f64: heads repeated, weights by log-sum-exp, and
-    the values summed key by key, each into the queries that see it."""
+    """Attention of the f64 queries `q`, each known up to `q_off`, in f64: weights by log-sum-exp, some queries at a
+    time, each over no more keys than the last of them sees."""
     (tokens, heads, dim), (length, groups, _) = q.shape, k.shape
-    dtype, scale = k.dtype, float(np.float32(scale))
-    k, v = (np.repeat(f64(x), heads // max(groups, 1), axis=1) for x in (k, v))  # [S, H, D]
-    visible = np.arange(length) <= np.arange(tokens)[:, None, None] + length - tokens  # [T, 1, S]
-    scores = np.where(visible, scale * np.einsum("thd,shd->ths", q, k), -np.inf)
-    p = np.exp(scores - np.logaddexp.reduce(scores, axis=-1, keepdims=True, initial=-np.inf))
+    share = heads // max(groups, 1)
+    keys, values = (f64(x).swapaxes(0, 1) for x in (k, v))  # [K, S, D]
+    y, a = np.zeros((2, *q.shape))
+    rows = max(1, BLOCK // max(1, heads * length))
+    for first in range(0, tokens if q.size else 0, rows):
+        last = min(first + rows, tokens)
+        seen = length - tokens + last
+        # Query heads that share a key head lie together: [K, T H/K, D].
+        queries, off = (
+            x[first:last].reshape(last - first, groups, share, dim).swapaxes(0, 1).reshape(groups, -1, dim)
+            for x in (q, q_off)
+        )
+        visible = np.arange(seen) <= np.arange(first, last)[:, None] + length - tokens
+        found = _attend(
+            queries, off, keys[:, :seen], values[:, :seen], scale, np.repeat(visible, share, axis=0), k.dtype
+        )
+        for whole, part in zip((y, a), found, strict=True):
+            whole[first:last] = part.reshape(groups, last - first, share, dim).swapaxes(0, 1).reshape(-1, heads, dim)
+    return Oracle(y, np.where(np.isfinite(y), a, 0.0))
 
-    # How far each score may be off: what is not known of q, the dot product, and two roundings of scale. Of a sum of D
-    # independent errors, |k| q_off each, the root of the sum of squares is an L-th (Hoeffding), as in `walk`.
-    size = np.abs(scale) * np.einsum("thd,shd->ths", np.abs(q), np.abs(k))
-    spread = np.einsum("thd,shd->ths", q_off, np.abs(k))
-    likely = L * np.sqrt(np.einsum("thd,shd->ths", q_off**2, k**2))
-    off = np.abs(scale) * np.minimum(spread, likely) + U32 * (walk(dim) + 2) * size
+
+def _attend(
+    q: Array, q_off: Array, k: Array, v: Array, scale: float, visible: Array, dtype: np.dtype[Any]
+) -> tuple[Array, Array]:
+    """`attend` for q [K, M, D] and k, v [K, S, D] where `visible` [M, S] says so: the value and its bound."""
+    length, dim = k.shape[1:]
+    scale, columns = float(np.float32(scale)), k.swapaxes(1, 2)
+    scores = np.where(visible, scale * (q @ columns), -np.inf)
+    top = np.max(scores, axis=-1, keepdims=True)
+    p = np.exp(scores - (top + np.log(np.sum(np.exp(scores - top), axis=-1, keepdims=True))))
+
+    # How far each score may be off: what is not known of q, |k| q_off for each of D elements, the dot product, and two
+    # roundings of scale.
+    off = U32 * (walk(dim) + 2) * np.abs(scale) * (np.abs(q) @ np.abs(columns))
+    if q_off.any():
+        off = off + np.abs(scale) * random_sum(q_off @ np.abs(columns), q_off**2 @ columns**2)
     # exp(s - max): the difference, the argument's reduction (2 |s - max|), and 8 u for exp itself, as in swiglu. What
     # the maximum is does not matter, since it divides out. A weight p is thus off by p (off + mean of off).
-    top = np.max(scores, axis=-1, keepdims=True, initial=-np.inf)
     off = np.where(p > 0, off + U32 * (3 * (top - scores) + 8), 0.0)
-    off = off + np.einsum("ths,ths->th", p, off)[..., None]
+    off = off + np.sum(p * off, axis=-1, keepdims=True)
     # The sums over S of the weights and of p v, and the division; then P rounded to T, which is relative down to the
     # subnormals of T, and absolute there; exp may give 0 below e^-87 < 2^-125.
     off = off + U32 * (2 * walk(length) + 3) + unit(dtype)
     floor = max(float(half_ulp(0.0, dtype)), 2.0**-125)
 
-    y, a = np.zeros((2, *q.shape))
-    for j in range(length):
-        first = max(0, j - (length - tokens))
-        y[first:] += p[first:, :, j, None] * v[j]
-        a[first:] += (p * off + floor)[first:, :, j, None] * np.abs(v[j])
-    return Oracle(y, np.where(np.isfinite(y), a, 0.0))
+    # NaN and infinities reach the queries that see them; a weight of zero would let them into all others.
+    finite = np.isfinite(v)
+    y, a = p @ np.where(finite, v, 0.0), np.where(visible, p * off + floor, 0.0) @ np.where(finite, np.abs(v), 0.0)
+    for group, j in np.argwhere(~finite.all(axis=-1)):
+        y[group, visible[:, j]] += p[group, visible[:, j], j, None] * np.where(finite, 0.0, v)[group, j]
+    return y, a
 
 
 def oracle(q: Array, k: Array, v: Array, scale: float) -> tuple[Oracle, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bounds import U32, Array, Oracle, half_ulp
+from ..bounds import U32, Array, Oracle, rounding_point
 from ..numerics import cast, f32, f64, quiet, r
 from ..spec import Arg, Dims, Probe, Spec, qwen2_bench
 
@@ -30,7 +30,7 @@ def oracle(gate: Array, up: Array) -> tuple[Oracle, ...]:
     off = U32 * np.abs(silu) * (8 + 2 * np.abs(x))
     # Below -88 exp(-x) comes near the largest f32 and may overflow, which gives -0 (in torch too): all of it may go.
     off = np.where(x < -88, np.abs(silu) + off, off)
-    off = off + half_ulp(np.abs(silu) + off, gate.dtype)  # silu to T
+    silu, off = rounding_point(silu, off, gate.dtype)
     y = silu * wide
     return (Oracle(y, np.where(np.isfinite(y), off * np.abs(wide), 0.0)),)
 

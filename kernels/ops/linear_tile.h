@@ -1,0 +1,173 @@
+// Dot products in register tiles: how linear multiplies in vector registers.
+//
+// The lanes run along the columns. A step multiplies one register of a row of x by one of a row of the weights and adds
+// the products to one register of sums; after a block of BLOCK_BYTES of a row (in the form in which it is multiplied)
+// hsums adds the lanes, and the sums of the blocks are added one after the other. That is the order of every element,
+// in any tile: none of the sizes below is part of it but the block's.
+//
+// In a panel the rows of a tile lie register beside register, so that a tile reads one stream from each operand,
+// whatever the lengths of the rows are: a power of two between rows would put them all into one set of the first-level
+// cache.
+#pragma once
+
+#include "core/tier.h"
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace llaisys::LLAISYS_TIER {
+
+// How elements of T are multiplied: widened to f32. A unit of COLUMNS columns becomes REGS registers, in load2's order.
+template <class T>
+struct Product {
+    using Reg = Vec;
+    static constexpr int REGS = 2;
+    static constexpr int64_t COLUMNS = 2 * Vec::N;
+    static inline void unit(Reg (&r)[REGS], const T *p) { load2(p, r[0], r[1]); }
+    static inline void unit(Reg (&r)[REGS], const T *p, int64_t n) { load2(p, n, r[0], r[1]); }
+    static inline Reg get(const char *panel) { return load((const float *)panel); }
+    static inline void put(char *panel, Reg r) { store((float *)panel, r); }
+    static inline Vec add(Reg x, Reg w, Vec sum) { return fma(x, w, sum); }
+};
+
+#if defined(__AVX512BF16__)
+// bf16 as it is: each lane adds the products of a pair of columns. The processor takes subnormal numbers for zero and
+// flushes subnormal sums, as the bound of the SPEC says.
+template <>
+struct Product<bf16> {
+    using Reg = __m512i;
+    static constexpr int REGS = 1;
+    static constexpr int64_t COLUMNS = 32;
+    static inline void unit(Reg (&r)[REGS], const bf16 *p) { r[0] = _mm512_loadu_si512(p); }
+    static inline void unit(Reg (&r)[REGS], const bf16 *p, int64_t n) {
+        r[0] = _mm512_maskz_loadu_epi16(__mmask32((1u << n) - 1), p);
+    }
+    static inline Reg get(const char *panel) { return _mm512_load_si512(panel); }
+    static inline void put(char *panel, Reg r) { _mm512_store_si512(panel, r); }
+    static inline Vec add(Reg x, Reg w, Vec sum) { return {_mm512_dpbf16_ps(sum.v, __m512bh(x), __m512bh(w))}; }
+};
+#endif
+
+constexpr int64_t REG = sizeof(Vec);
+// Of a row of a panel, at most this much is summed before the lanes are added. The panels of a tile then fit the
+// first-level cache, and adding the lanes costs a few percent of the products.
+constexpr int64_t BLOCK_BYTES = 4096;
+
+// Rows of x and of the weights in a tile: their sums, a register for each of the weights and one for x fill the
+// registers.
+constexpr int64_t TILE_ROWS = Vec::N == 16 ? 6 : 4;
+constexpr int64_t TILE_FEATURES = Vec::N == 16 ? 4 : Vec::N == 8 ? 3 : 2;
+
+template <class T>
+static inline int64_t units_of(int64_t columns) {
+    return (columns + Product<T>::COLUMNS - 1) / Product<T>::COLUMNS;
+}
+// Bytes that a row of `columns` columns takes in a panel.
+template <class T>
+static inline int64_t panel_bytes(int64_t columns) {
+    return units_of<T>(columns) * Product<T>::REGS * REG;
+}
+// Columns of a block.
+template <class T>
+constexpr int64_t BLOCK_COLUMNS = BLOCK_BYTES / (Product<T>::REGS * REG) * Product<T>::COLUMNS;
+
+// One row into a panel of `rows` rows.
+template <class T>
+static inline void pack_row(char *panel, int64_t rows, const T *row, int64_t columns) {
+    using P = Product<T>;
+    typename P::Reg r[P::REGS];
+    const auto put = [&] {
+        for (int i = 0; i < P::REGS; ++i) P::put(panel + i * rows * REG, r[i]);
+        panel += P::REGS * rows * REG;
+    };
+    int64_t c = 0;
+    for (; c + P::COLUMNS <= columns; c += P::COLUMNS) {
+        P::unit(r, row + c);
+        put();
+    }
+    if (c < columns) {
+        P::unit(r, row + c, columns - c);
+        put();
+    }
+}
+
+static inline void add_sums(float *out, int64_t out_row, const float *sums, int64_t rows, int64_t features,
+                            bool first) {
+    for (int64_t m = 0; m < rows; ++m)
+        for (int64_t n = 0; n < features; ++n) {
+            const float sum = sums[m * features + n];
+            out[m * out_row + n] = first ? sum : out[m * out_row + n] + sum;
+        }
+}
+
+// out[m, n] (+)= x[m, :] . w[n, :] over one block of `bytes` of each row, from a panel of M rows and one of
+// TILE_FEATURES. On the way the lines at `ahead`, which are needed next, are asked for: `bytes` each.
+template <class T, int M>
+static inline void panel_tile(float *out, int64_t out_row, const char *x, const char *w, int64_t bytes, bool first,
+                              const char *const (&ahead)[2]) {
+    using P = Product<T>;
+    constexpr int N = TILE_FEATURES;
+    Vec sum[M * N];
+    for (Vec &s : sum) s = zero();
+    for (int64_t at = 0; at < bytes; at += REG) {
+        typename P::Reg wv[N];
+        for (int n = 0; n < N; ++n) wv[n] = P::get(w + n * REG);
+        __builtin_prefetch(ahead[0] + at);
+        __builtin_prefetch(ahead[1] + at);
+        for (int m = 0; m < M; ++m) {
+            const typename P::Reg xv = P::get(x + m * REG);
+            for (int n = 0; n < N; ++n) sum[m * N + n] = P::add(xv, wv[n], sum[m * N + n]);
+        }
+        x += M * REG;
+        w += N * REG;
+    }
+    alignas(64) float sums[(M * N + Vec::N - 1) / Vec::N * Vec::N];
+    hsums<M * N>(sums, sum);
+    add_sums(out, out_row, sums, M, N, first);
+}
+
+// The same from a panel of M rows and N rows of the weights as they lie in memory, over all columns. Of each row of
+// weights what lies `AHEAD` bytes further is asked for, and at the end of the row the start of its successor, `next`.
+template <class T, int M, int N>
+static inline void memory_tile(float *out, int64_t out_row, const char *x, const T *const (&w)[N],
+                               const T *const (&next)[N], int64_t columns) {
+    using P = Product<T>;
+    constexpr int64_t AHEAD = 1024 / int64_t(sizeof(T));
+    const int64_t turn = columns > AHEAD ? columns - AHEAD : 0; // where the lines ahead are those of the successor
+    for (int64_t block = 0; block < columns; block += BLOCK_COLUMNS<T>) {
+        const int64_t end = columns - block < BLOCK_COLUMNS<T> ? columns : block + BLOCK_COLUMNS<T>;
+        Vec sum[M * N];
+        for (Vec &s : sum) s = zero();
+        typename P::Reg wv[N][P::REGS];
+        const auto step = [&] {
+            for (int i = 0; i < P::REGS; ++i, x += M * REG)
+                for (int m = 0; m < M; ++m) {
+                    const typename P::Reg xv = P::get(x + m * REG);
+                    for (int n = 0; n < N; ++n) sum[m * N + n] = P::add(xv, wv[n][i], sum[m * N + n]);
+                }
+        };
+        int64_t c = block;
+        const auto run = [&](int64_t until, const T *const(&ahead)[N], int64_t shift) {
+            for (; c + P::COLUMNS <= until; c += P::COLUMNS) {
+                for (int n = 0; n < N; ++n) {
+                    P::unit(wv[n], w[n] + c);
+                    for (int64_t line = 0; line < P::COLUMNS; line += 64 / int64_t(sizeof(T)))
+                        __builtin_prefetch(ahead[n] + c + shift + line);
+                }
+                step();
+            }
+        };
+        run(end < turn ? end : turn, w, AHEAD);
+        run(end, next, -turn);
+        if (c < end) {
+            for (int n = 0; n < N; ++n) P::unit(wv[n], w[n] + c, end - c);
+            step();
+        }
+        alignas(64) float sums[(M * N + Vec::N - 1) / Vec::N * Vec::N];
+        hsums<M * N>(sums, sum);
+        add_sums(out, out_row, sums, M, N, block == 0);
+    }
+}
+
+} // namespace llaisys::LLAISYS_TIER
