@@ -36,6 +36,8 @@ L = 4.0
 MAX32 = float(np.finfo(np.float32).max)
 #: Smallest normal f32: matrix units treat what is below as zero.
 TINY32 = float(np.finfo(np.float32).tiny)
+#: The bits of the exponent of an f64.
+_EXPONENT = np.int64(0x7FF << 52)
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,9 @@ def ulp(x: Array | float, dtype: np.dtype[Any]) -> Array:
     """
     info = finfo(dtype)
     magnitude = np.abs(np.asarray(x, np.float64))
-    finite = np.where(np.isfinite(magnitude), np.maximum(magnitude, float(info.smallest_normal)), 1.0)
-    exponent = np.frexp(finite)[1] - 1  # finite = m 2^exponent with 1 <= m < 2
-    return np.where(np.isfinite(magnitude), np.ldexp(1.0, exponent - int(info.nmant)), magnitude)
+    # Without its mantissa, a number is the power of two below it; infinity stays, and NaN is put back.
+    power = (np.maximum(magnitude, float(info.smallest_normal)).view(np.int64) & _EXPONENT).view(np.float64)
+    return np.where(np.isnan(magnitude), magnitude, power * math.ldexp(1.0, -int(info.nmant)))
 
 
 def half_ulp(x: Array | float, dtype: np.dtype[Any]) -> Array:

@@ -144,6 +144,12 @@ def with_sum(norm: Callable[..., Any], total: Callable[..., Any] = lambda a, b: 
     return add_rms_norm
 
 
+def unrounded_sum(a: Any, b: Any, w: Any, eps: float) -> Any:
+    total = a.astype("f4") + b.astype("f4")
+    inner = (total / np.sqrt((total**2).mean(-1, keepdims=True) + np.float32(eps))).astype(a.dtype)
+    return (inner.astype("f4") * w.astype("f4")).astype(a.dtype), total.astype(a.dtype)
+
+
 # Operator, what the hypothesis says, the faulty operator; then the one dtype in which it is out of bound, or "tiny" for
 # rows near eps.
 FAULTS: list[tuple[str, str, Callable[..., Any], str]] = [
@@ -184,6 +190,12 @@ FAULTS: list[tuple[str, str, Callable[..., Any], str]] = [
     ("linear", "accumulated in bf16", accumulated("bf16"), ""),
     ("linear", "accumulated in f16", accumulated("f16"), "f32"),
     ("linear", "truncated toward zero", truncating_linear, "bf16"),
+    ("rms_norm", "not rounded before the weight", lambda x, w, eps: (N(x.astype("f4"), np.ones(x.shape[-1], "f4"), eps)
+        * w.astype("f4")).astype(x.dtype), "bf16"),
+    ("add_rms_norm", "the sum is normalised before it is rounded", unrounded_sum, "bf16"),
+    ("linear", "rounded before the bias", lambda x, w, b: L(x, w) + b, "bf16"),
+    ("swiglu", "not rounded before the product", lambda g, u: (
+        SPECS["swiglu"].twin(g.astype("f4"), np.ones_like(u, "f4")) * u.astype("f4")).astype(g.dtype), "bf16"),
     ("swiglu", "gate and up are swapped", lambda g, u: SPECS["swiglu"].twin(u, g), ""),
     ("swiglu", "ReLU", lambda g, u: (np.maximum(g, 0).astype("f4") * u.astype("f4")).astype(g.dtype), ""),
     ("argmax", "the last of equal maxima", last_of_ties, ""),

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from .report import Drift, Fault, Flip, NodeResult, Report
+from .run import run
 
-__all__ = ["Drift", "Fault", "Flip", "NodeResult", "Report"]
+__all__ = ["Drift", "Fault", "Flip", "NodeResult", "Report", "run"]

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from ..reference import Spec
-from ..reference.bounds import Oracle, finfo, half_ulp, ulp
+from ..reference.bounds import Oracle, finfo, half_ulp, nearest, ulp
 from ..reference.compare import ratios
-from ..reference.numerics import cast, f32, f64
+from ..reference.numerics import f64
 from .calls import Array, Call, Mutation, Results, cut, explains
 from .mutations import MUTATIONS
 from .shape import Axis, describe_indices, find_move
@@ -63,14 +63,14 @@ def find_hypothesis(
 
 def _toward_zero(y: Array, dtype: np.dtype[Any]) -> Array:
     """f64 values of `dtype`, rounded toward zero."""
-    near = y.astype(np.float32).astype(dtype).astype(np.float64)
+    near = nearest(y, dtype)
     return np.where(np.abs(near) > np.abs(y), near - np.sign(y) * ulp(np.nextafter(np.abs(near), 0), dtype), near)
 
 
 def _truncated(call: Call, right: Mapping[str, Oracle]) -> bool:
     """Whether each value is one within the bound on what comes before the final rounding, rounded toward zero; and not
     to nearest."""
-    nearest = True
+    to_nearest = True
     for name, oracle in right.items():
         found, dtype = call.outputs[name], call.outputs[name].dtype
         if oracle.exact and oracle.y.dtype == dtype:  # a copy, or an index
@@ -82,8 +82,8 @@ def _truncated(call: Call, right: Mapping[str, Oracle]) -> bool:
         use = np.isfinite(y) & np.isfinite(a)
         if not ((value >= _toward_zero(lowest, dtype)) & (value <= _toward_zero(size + a, dtype)))[use].all():
             return False
-        nearest = nearest and bool((value >= cast(f32(lowest), dtype).astype(np.float64))[use].all())
-    return not nearest
+        to_nearest = to_nearest and bool((value >= nearest(lowest, dtype))[use].all())
+    return not to_nearest
 
 
 def _truncation(call: Call) -> Results | None:

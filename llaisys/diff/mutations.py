@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from ..reference import SPECS
-from ..reference.bounds import U32, Oracle, finfo, half_ulp
+from ..reference.bounds import U32, Oracle, finfo, half_ulp, rounding_point, walk
 from ..reference.numerics import cast, f32, f64, r
 from ..reference.ops.self_attention import attend
 from .calls import Array, Call, Mutation, Results
@@ -123,7 +123,7 @@ def _unmasked(call: Call) -> Results | None:
     q, off = f64(call["q"]), np.zeros(call["q"].shape)
     if "pos_ids" in call.inputs:
         (rotated,) = SPECS["rope"].oracle(call["q"], call["pos_ids"], call["theta"])
-        q, off = rotated.y, np.abs(rotated.a) + half_ulp(rotated.y, call.dtype)
+        q, off = rounding_point(rotated.y, rotated.a, call.dtype)
 
     def to_heads(x: Array) -> Array:
         return x.reshape(tokens, groups, heads // groups, dim).swapaxes(0, 1).reshape(1, -1, dim)
@@ -184,16 +184,28 @@ def _normed(call: Call) -> Array:
     return f64(call["x"]) if "x" in call.inputs else f64(cast(f32(call["a"]) + f32(call["b"]), call["a"].dtype))
 
 
-def _scaled(scale: Callable[[Array, float, float], Array]) -> Callable[[Call], Results | None]:
+def _formula(call: Call, rows: Array, scale: Array, rounded: bool = True) -> Results:
+    """r(r(rows scale) weight), or without the inner rounding; with the f32 error of the norm's own oracle."""
+    size = rows.shape[-1]
+    inner = rows * scale
+    off = U32 * np.abs(inner) * ((walk(size + 1) + 2) / 2 + 4)
+    if rounded:
+        inner, off = rounding_point(inner, off, call.dtype)
+    weight = f64(call["weight"])
+    return {"out": Oracle(inner * weight, off * np.abs(weight))}
+
+
+def _scale(rows: Array, eps: float) -> Array:
+    return 1 / np.sqrt(np.mean(rows**2, axis=-1, keepdims=True) + float(np.float32(eps)))
+
+
+def _scaled(scale: Callable[[Array, float, int], Array]) -> Callable[[Call], Results | None]:
     """Rows times `scale(mean of squares, eps, E)` instead of 1 / sqrt(mean + eps)."""
 
     def make(call: Call) -> Results | None:
-        mean = np.mean(_normed(call) ** 2, axis=-1, keepdims=True)
-        eps, right = float(np.float32(call["eps"])), call.right()["out"]
-        factor = scale(mean, eps, call["weight"].size) * np.sqrt(mean + eps)
-        y, unit = right.y * factor, half_ulp(right.y, call.dtype)
-        # The inner rounding may come out on the other side of a power of two.
-        return {"out": Oracle(y, np.asarray(right.a) * np.abs(factor) + (unit if call.dtype != np.float32 else 0))}
+        rows = _normed(call)
+        mean = np.mean(rows**2, axis=-1, keepdims=True)
+        return _formula(call, rows, scale(mean, float(np.float32(call["eps"])), rows.shape[-1]))
 
     return make
 
@@ -219,19 +231,14 @@ def _only_out(make: Callable[[Call], Results | None]) -> Callable[[Call], Result
     return inner
 
 
-def _unrounded_inside(call: Call) -> Results:
-    rows = _normed(call).astype(np.float32)
-    eps = np.float32(call["eps"])
-    mean = np.sum(rows * rows, axis=-1, keepdims=True) / np.float32(rows.shape[-1])
-    out = rows * (np.float32(1) / np.sqrt(mean + eps)) * f32(call["weight"])
-    return {"out": cast(out, call.dtype)}
+def _unrounded_inside(call: Call) -> Results | None:
+    rows = _normed(call)
+    return None if call.dtype == np.float32 else _formula(call, rows, _scale(rows, call["eps"]), rounded=False)
 
 
 def _unrounded_sum(call: Call) -> Results:
     rows = f64(call["a"]) + f64(call["b"])
-    inner = rows / np.sqrt(np.mean(rows**2, axis=-1, keepdims=True) + float(np.float32(call["eps"])))
-    right = call.right()["out"]
-    return {"out": Oracle(inner * f64(call["weight"]), right.a)}
+    return _formula(call, rows, _scale(rows, call["eps"]))
 
 
 NORM = (
@@ -290,6 +297,17 @@ def _transposed(width: int, of_tail: bool) -> Callable[[Call], Results | None]:
     return make
 
 
+def _rounded_product(call: Call) -> Results | None:
+    """r(r(x W^T) + b)."""
+    if call["bias"] is None or call.dtype == np.float32:
+        return None
+    bias = f64(call["bias"])
+    right = call.oracle(bias=None)["out"]
+    assert isinstance(right, Oracle)
+    y, a = rounding_point(right.y, right.a, call.dtype)
+    return {"out": Oracle(y + bias, a)}
+
+
 def _low_accumulation(name: str) -> Callable[[Call], Results | None]:
     """Accumulation in `name`: no order is known, so the size of the errors decides, against one made with that type."""
 
@@ -321,6 +339,7 @@ LINEAR = (
     Mutation("the bias is left out", lambda c: None if c["bias"] is None else c.oracle(bias=None)),
     Mutation("the bias is added twice", lambda c: None if c["bias"] is None else c.oracle(bias=2 * f64(c["bias"]))),
     Mutation("the bias is subtracted", lambda c: None if c["bias"] is None else c.oracle(bias=-f64(c["bias"]))),
+    Mutation("the product is rounded before the bias is added", _rounded_product),
     *_dropped_tails(),
     *(Mutation(f"the tail block of W, n mod {w}, is transposed", _transposed(w, True)) for w in (8, 16, 32, 64)),
     *(Mutation(f"the last {w} x {w} block of W is transposed", _transposed(w, False)) for w in (4, 8, 16, 32)),
@@ -332,12 +351,14 @@ LINEAR = (
 # ------------------------------------------------------------------ swiglu, argmax, embedding, add
 
 
-def _activation(function: Callable[[Array], Array]) -> Callable[[Call], Results | None]:
+def _activation(function: Callable[[Array], Array], rounded: bool = True) -> Callable[[Call], Results | None]:
     def make(call: Call) -> Results:
         x, up = f64(call["gate"]), f64(call["up"])
         inner = function(x)
         off = U32 * np.abs(inner) * (8 + 2 * np.abs(x)) + 8 * U32 * np.abs(x)
-        return {"out": Oracle(inner * up, (off + half_ulp(np.abs(inner) + off, call.dtype)) * np.abs(up))}
+        if rounded:
+            inner, off = rounding_point(inner, off, call.dtype)
+        return {"out": Oracle(inner * up, off * np.abs(up))}
 
     return make
 
@@ -354,9 +375,9 @@ def _sigmoid(x: Array) -> Array:
     return 0.5 * (1 + np.tanh(x / 2))
 
 
-def _unrounded_silu(call: Call) -> Results:
-    gate = f32(call["gate"])
-    return {"out": cast(gate / (1 + np.exp(-gate)) * f32(call["up"]), call.dtype)}
+def _unrounded_silu(call: Call) -> Results | None:
+    make = _activation(lambda x: x * _sigmoid(x), rounded=False)
+    return None if call.dtype == np.float32 else make(call)
 
 
 def _index_and_value(index: Callable[[Array], Array]) -> Callable[[Call], Results | None]:

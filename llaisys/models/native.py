@@ -174,6 +174,8 @@ def _answers(show: Callable[[int], None], errors: list[BaseException]) -> Genera
 
 def _make_node(node: LlaisysNode, site: str, op: str) -> Node:
     """The node with views of the engine's memory; only the outputs can be written to."""
+    if op not in SPECS:
+        raise InternalError(f"{site}: expected an operator, found {op!r}")
     spec = SPECS[op]
     if node.nargs != len(spec.args) or node.nscalars != len(spec.scalars):
         raise InternalError(f"{site}: expected the arguments of {op}, found {node.nargs} and {node.nscalars} scalars")

@@ -65,7 +65,7 @@ class Tap:
     """A callback that watches nodes; ends with `remove()` or as a context manager."""
 
     def __init__(
-        self, watchers: _Watchers, callback: Callable[[Node], Any], sites: frozenset[str], copy: bool, replace: bool
+        self, watchers: _Watchers, callback: Callable[[Node], Any], sites: frozenset[str] | None, copy: bool, replace: bool
     ) -> None:
         self._watchers, self._callback, self.sites = watchers, callback, sites
         self._copy, self._replace = copy, replace
@@ -114,7 +114,7 @@ class _Watchers:
             engine.observe(observer)
 
     def show(self, site: str, op: str, make: Callable[[], Node]) -> None:
-        wanted = [tap for tap in self.taps if site in tap.sites]
+        wanted = [tap for tap in self.taps if tap.sites is None or site in tap.sites]
         if wanted:
             node = make()
             for tap in wanted:
@@ -221,7 +221,7 @@ class Session:
         if not callable(callback):
             raise InvalidArgumentError(f"callback: expected a function of one node, found {callback!r}")
         patterns = [sites] if isinstance(sites, str) else sites
-        chosen: frozenset[str] = frozenset(self._sites)
+        chosen: frozenset[str] | None = None  # whatever the engine shows
         if patterns is not None:
             chosen = frozenset(site for some in select("sites", patterns, self._sites).values() for site in some)
         with self._exclusive():

@@ -1,0 +1,222 @@
+"""What is told of the first faults beyond their place: shape, hypothesis, neighbours, swap, reproducer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..certify import certify
+from ..errors import LlaisysError
+from ..models.nodes import Node, as_outputs, kernel_function
+from ..reference import Spec, ratios
+from .hypotheses import find_hypothesis
+from .ledger import Array, Entry, Ledger
+from .local import Certifier, row_bytes, rows_of
+from .repeat import Again, Digests
+from .report import Fault, Report
+from .shape import describe_error
+from .watch import Broken, Watch
+from .wiring import consumers, producers
+
+if TYPE_CHECKING:
+    from .run import Runner
+
+#: Faults that are described, counted from the one to blame; the others are of the same kind more often than not.
+_DESCRIBED = 3
+
+
+def finish(runner: Runner, report: Report, folder: str | None) -> None:
+    """Complete the faults and the flips of a report."""
+    for i, fault in enumerate(report.faults):
+        entry = runner.ledger.evidence.get((fault.site, fault.certificate))
+        if entry is not None and entry.outputs and i < _DESCRIBED:
+            runner.say("describing", fault.step, fault.site)
+            fault = _described(runner, fault, entry)
+            if folder is not None:
+                fault = replace(fault, reproducer=_reproducer(runner, fault, entry, folder))
+        fault = _placed(runner, report, fault)
+        if i == 0:
+            runner.say("swapping", fault.step, fault.site)
+            fault = replace(fault, swap=_swapped(runner, fault))
+        report.faults[i] = fault
+    report.flips = [
+        replace(flip, native_text=_text(runner, flip.native), reference_text=_text(runner, flip.reference))
+        for flip in report.flips
+    ]
+
+
+def _text(runner: Runner, token: int) -> str:
+    try:
+        return runner.engine.tokenizer.decode([token])
+    except LlaisysError:  # a folder without a tokenizer
+        return ""
+
+
+# ------------------------------------------------------------------ the error itself
+
+
+def _described(runner: Runner, fault: Fault, entry: Entry) -> Fault:
+    """First wrong position, shape, and a hypothesis."""
+    spec = entry.spec
+    limit = max(1, runner.budget // max(1, row_bytes(entry)))
+    begin = max(0, min(fault.position - entry.position, entry.rows - 1)) // limit * limit
+    end = min(entry.rows, begin + limit)
+    inputs = {arg.name: rows_of(spec, arg.name, entry.inputs[arg.name], begin, end, entry.rows) for arg in spec.inputs_args}
+    outputs = {name: x[begin:end] for name, x in entry.outputs.items()}
+    oracles = spec.call(spec.oracle, {**inputs, **entry.scalars})
+    shape: tuple[str, ...] = ()
+    rows: list[int] = []
+    masks: dict[str, Array] = {}
+    for arg, oracle in zip(spec.outputs, oracles, strict=True):
+        ratio = ratios(outputs[arg.name], oracle)
+        masks[arg.name] = ~(ratio <= 1)
+        rows += np.flatnonzero(masks[arg.name].reshape(end - begin, -1).any(axis=1))[:1].tolist()
+        if not shape:
+            shape = describe_error(spec, inputs, entry.scalars, arg.name, outputs[arg.name], oracle.y, ratio)
+    if fault.certificate == "LOCAL" and rows:
+        fault = replace(fault, position=entry.position + begin + min(rows))
+    function = _kernel(runner, entry.site, spec)
+
+    def rerun(values: dict[str, Any], scalars: dict[str, float]) -> Mapping[str, Array]:
+        return as_outputs(spec, spec.call(function, {**values, **scalars}))
+
+    hypothesis = fault.hypothesis
+    if hypothesis is None and fault.certificate == "LOCAL":
+        hypothesis = find_hypothesis(spec, inputs, entry.scalars, outputs, wrong=masks, rerun=rerun)
+    return replace(fault, shape=shape or fault.shape, hypothesis=hypothesis)
+
+
+def _kernel(runner: Runner, site: str, spec: Spec) -> Any:
+    return kernel_function(runner.kernels.get(site, "native"), spec.name)
+
+
+def _reproducer(runner: Runner, fault: Fault, entry: Entry, folder: str) -> str | None:
+    """The file of the node, for `llaisys replay`."""
+    return None
+
+
+def _placed(runner: Runner, report: Report, fault: Fault) -> Fault:
+    """Which neighbours are certified."""
+    wiring = runner.wirings.get(fault.site)
+    if wiring is None:
+        return fault
+    found: dict[str, set[str]] = {}
+    for node in report.nodes:
+        if node.step == fault.step:
+            found.setdefault(node.site, set()).add(node.outcome)
+    certified = {site for site, outcomes in found.items() if outcomes == {"pass"}}
+    readers = consumers(runner.wirings)[fault.site]
+    return replace(
+        fault,
+        upstream=tuple(site for site in producers(wiring) if site in certified),
+        downstream=tuple(site for site in readers if site in certified),
+    )
+
+
+# ------------------------------------------------------------------ swaps
+
+
+def _swapped(runner: Runner, fault: Fault) -> str | None:
+    """What becomes of a fault if the operator is the reference's, and if the native one is put into the reference."""
+    wiring = runner.wirings.get(fault.site)
+    if wiring is None:
+        return None
+    parts = []
+    try:
+        with_reference = _native_with_reference(runner, fault)
+        left = "is gone" if with_reference is None else f"stays ({with_reference})"
+        parts.append(f"with the reference's {wiring.op} at this site the fault {left}")
+        back = _reference_with_native(runner, fault)
+        if back is not None:
+            parts.append(back)
+    except (Broken, LlaisysError) as error:
+        parts.append(f"the run with it ended early: {error}")
+    return "; ".join(parts)
+
+
+def _passes(runner: Runner, fault: Fault) -> list[list[int]]:
+    """The calls of the main run up to the step of a fault."""
+    return [runner.prompt, *([token] for token in runner.tokens[len(runner.prompt) :][: fault.step])]
+
+
+def _native_with_reference(runner: Runner, fault: Fault) -> str | None:
+    """What is wrong at the site in a native run in which the reference computes it; None if nothing is."""
+    wiring = runner.wirings[fault.site]
+    ledger = Ledger(runner.wirings, len(runner.prompt), runner.decode)
+
+    def hook(node: Node) -> Any:
+        return node.spec.call(node.spec.twin, {**node.inputs, **node.scalars})
+
+    digests = Digests()
+    certifier = Certifier(ledger, runner.budget, {**runner.kernels, fault.site: "reference"}, lambda entry: None)
+    again = Again(ledger, digests, "a repetition", lambda entry: None)
+    try:
+        for visit in (digests.keep, again.visit) if fault.certificate == "REPEAT" else (certifier.submit,):
+
+            def only(entry: Entry, visit: Any = visit) -> None:
+                if entry.site == fault.site:
+                    visit(entry)
+
+            watch = Watch(
+                runner.engine.session(), ledger, runner.weights, runner.dtype, scene="swapped", visit=only,
+                progress=runner.say, hooks={wiring.site: hook},
+            )
+            for tokens in _passes(runner, fault):
+                watch.forward(tokens, last=min(len(tokens), 4))
+            watch.close()
+        certifier.drain()
+    finally:
+        certifier.close()
+    left = ledger.faults.get((fault.site, fault.certificate))
+    return None if left is None else left.message
+
+
+def _reference_with_native(runner: Runner, fault: Fault) -> str | None:
+    """What the native operator does at the site in a run of the reference."""
+    if runner.context is None:
+        return None
+    model, site = runner.context.model, fault.site
+    spec = runner.wirings[site].op
+    worst: list[float] = []
+    wrong: list[bool] = []
+
+    def hook(node: Node) -> Any:
+        function = _kernel(runner, site, node.spec)
+        results = as_outputs(node.spec, node.spec.call(function, {**node.inputs, **node.scalars}))
+        found = certify(node.spec, node.inputs, node.scalars, results)
+        worst.append(found.ratio)
+        wrong.append(found.outcome == "fault")
+        return results
+
+    with model.session() as session:
+        session.hook(hook, site)
+        for tokens in _passes(runner, fault):
+            session.forward(tokens, last=min(len(tokens), 4))
+    if any(wrong):
+        return f"the native {spec} in the reference run brings it back (ratio {max(worst):.3g})"
+    if fault.certificate in ("LOCAL", "REPEAT"):
+        return f"the native {spec} in the reference run does not bring it back: it takes the engine's data or the engine"
+    return f"the native {spec} in the reference run is right: what the engine gives it is at fault"
+
+
+def describe_groups(faults: Sequence[Fault], layers: int) -> list[str]:
+    """ "rope_k in 4 of 4 layers" for faults of one operator that several layers have."""
+    groups: dict[tuple[str, str], set[str]] = {}
+    for fault in faults:
+        head, _, name = fault.site.rpartition(".")
+        if ".layers." in fault.site:
+            groups.setdefault((name, fault.certificate), set()).add(head)
+    return [
+        f"{name} in {len(found)} of {layers} layers ({certificate})"
+        for (name, certificate), found in groups.items()
+        if len(found) > 1
+    ]
+
+
+def case_name(fault: Fault) -> str:
+    """A file name for a fault."""
+    return f"{fault.site.replace(os.sep, '_')}-step{fault.step}-{fault.certificate.lower()}.npz"

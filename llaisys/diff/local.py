@@ -1,0 +1,119 @@
+"""LOCAL: outputs against the f64 oracle, on the inputs that the engine gave the node.
+
+The engine runs on while nodes are certified in other threads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+from ..certify import Local, certify
+from ..models.nodes import Kernel, as_outputs, kernel_function
+from ..reference import Spec
+from .ledger import Array, Entry, Ledger
+
+_SEVERITY = ("pass", "suspect", "fault")
+
+
+class Certifier:
+    """Certifies entries in threads; `drain` waits for them. `budget` bounds the bytes that all of them take at once.
+
+    `kernels` are the functions of sites that another kernel computes than that of the engine.
+    """
+
+    def __init__(self, ledger: Ledger, budget: int, kernels: Mapping[str, Kernel], done: Callable[[Entry], None]) -> None:
+        self._ledger, self._kernels, self._done = ledger, kernels, done
+        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = max(1, min(workers, 8))
+        self._budget = budget // workers
+        self._pool = ThreadPoolExecutor(workers, "certify")
+        self._pending: deque[Future[None]] = deque()
+        self._most = 2 * workers
+
+    def submit(self, entry: Entry) -> None:
+        """Certify an entry, as soon as a thread is free. Waits while too many are under way."""
+        while len(self._pending) >= self._most:
+            self._pending.popleft().result()
+        self._pending.append(self._pool.submit(self._certify, entry))
+
+    def drain(self) -> None:
+        """Wait for all. Raises what a thread raised."""
+        while self._pending:
+            self._pending.popleft().result()
+
+    def close(self) -> None:
+        """Drop what has not begun."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _certify(self, entry: Entry) -> None:
+        function = kernel_function(self._kernels.get(entry.site, "native"), entry.wiring.op)
+
+        def again(inputs: dict[str, Array | None]) -> Mapping[str, Array]:
+            return as_outputs(entry.spec, function(*inputs.values(), *entry.scalars.values()))
+
+        found, row = certify_rows(entry, self._budget, again)
+        entry.ratio, entry.bias, entry.checked = found.ratio, found.bias, found.checked
+        entry.outcomes["LOCAL"] = found.outcome
+        if found.outcome == "fault":
+            self._ledger.fault(
+                entry.site,
+                "LOCAL",
+                found.reason,
+                position=entry.position + row,
+                step=entry.step,
+                ratio=found.ratio,
+                entry=entry,
+            )
+        self._done(entry)
+
+
+def certify_rows(
+    entry: Entry, budget: int, again: Callable[[dict[str, Array | None]], Mapping[str, Array]]
+) -> tuple[Local, int]:
+    """The certificate of a node, and the row of the element that it names; made in parts of as many rows as `budget`
+    bytes allow."""
+    spec = entry.spec
+    step = max(1, min(entry.rows, budget // max(1, row_bytes(entry))))
+    worst, row = Local("pass"), 0
+    checked = size = 0
+    for begin in range(0, entry.rows, step):
+        end = min(begin + step, entry.rows)
+        inputs = {name: rows_of(spec, name, x, begin, end, entry.rows) for name, x in entry.inputs.items()}
+        inputs = {arg.name: inputs[arg.name] for arg in spec.inputs_args}  # in the order of the SPEC
+        outputs = {name: x[begin:end] for name, x in entry.outputs.items()}
+        found = certify(spec, inputs, entry.scalars, outputs, again=again)
+        checked, size = checked + found.checked, size + found.size
+        if begin == 0 or _rank(found) > _rank(worst):
+            worst, row = found, begin + (found.index[0] if found.index else 0)
+    return replace(worst, checked=checked, size=size), row
+
+
+def rows_of(spec: Spec, name: str, x: Array | None, begin: int, end: int, rows: int) -> Array | None:
+    """The part of an input that the rows [begin, end) of the output depend on."""
+    arg = next(arg for arg in spec.inputs_args if arg.name == name)
+    first = arg.shape.split()[0]
+    if x is None or (begin, end) == (0, rows):
+        return x
+    if first in ("T", "..."):
+        return x[begin:end]
+    return x[: len(x) - rows + end] if first == "S" else x
+
+
+def row_bytes(entry: Entry) -> int:
+    """About how many bytes the oracle takes for one row, in f64 with a dozen temporaries."""
+    wide = sum(x[:1].size for x in entry.outputs.values())
+    wide += sum(x[:1].size for arg in entry.spec.inputs_args if (x := entry.inputs[arg.name]) is not None)
+    if "k" in entry.inputs:
+        keys, out = entry.inputs["k"], entry.outputs["out"]
+        assert keys is not None
+        wide += len(keys) * out.shape[1]
+    return 8 * 12 * wide
+
+
+def _rank(found: Local) -> tuple[Any, ...]:
+    return _SEVERITY.index(found.outcome), found.ratio

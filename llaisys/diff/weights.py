@@ -1,0 +1,60 @@
+"""PARAM for weights: the bits that the engine computes with are those of the checkpoint, converted to its dtype."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..checkpoint import Checkpoint
+from ..reference.numerics import cast
+from .bits import first_difference
+
+#: Bytes of a weight that are read and compared at once.
+_BLOCK = 4 << 20
+
+
+class WeightBits:
+    """Compares the weights that nodes show with the checkpoint, a block at a time, so that no second copy is made.
+
+    A weight is compared when it is first seen at an address, and once more by `again`, which finds one that was
+    overwritten meanwhile.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: np.dtype[Any]) -> None:
+        self._checkpoint, self._dtype = checkpoint, dtype
+        self._found: dict[tuple[Any, ...], str | None] = {}
+        self._seen: dict[tuple[Any, ...], tuple[str, str]] = {}
+
+    def check(self, name: str, argument: str, array: np.ndarray[Any, Any]) -> str | None:
+        """What is wrong with `array` as the weight `name`, None if nothing is."""
+        key = (name, array.__array_interface__["data"][0], array.shape, array.strides)
+        if key not in self._found:
+            self._found[key] = self.compare(name, argument, array)
+        return self._found[key]
+
+    def again(self) -> None:
+        """Compare each weight once more when it is shown the next time."""
+        self._found.clear()
+
+    def compare(self, name: str, argument: str, array: np.ndarray[Any, Any]) -> str | None:
+        """`check`, without the memory."""
+        shape = self._checkpoint.shape_of(name)
+        if array.shape != shape or array.dtype != self._dtype:
+            return f"{argument}: expected {name}, {self._dtype}{list(shape)}, found {array.dtype}{list(array.shape)}"
+        step = max(1, _BLOCK * shape[0] // max(1, array.nbytes))
+        wrong, first = 0, None
+        for begin in range(0, shape[0], step):
+            end = min(begin + step, shape[0])
+            want = self._checkpoint.rows(name, begin, end)
+            if want.dtype != self._dtype:
+                want = cast(want, self._dtype)
+            difference = first_difference(want, array[begin:end], nan=True)
+            if difference is None:
+                continue
+            wrong += difference.rows
+            if first is None:
+                first = difference.shifted(begin)
+        if first is None:
+            return None
+        return f"{argument}: expected {name} of the checkpoint, found other bits in {wrong} of {shape[0]} rows, {first}"
