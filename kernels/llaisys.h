@@ -80,6 +80,13 @@ LLAISYS_API int32_t llaisysHasIsa(const char *name);
 LLAISYS_API int32_t llaisysSetNumThreads(int32_t count);
 LLAISYS_API int32_t llaisysNumThreads(void);
 
+/* What this machine does per second at best, on the threads in use, measured in about `seconds` (0 to 60; a tenth will
+ * do) with nothing else running: "read": bytes read from memory, from end to end; floating-point operations on
+ * registers alone (a product and a sum are two): "scalar_f32", "avx2_f32", "avx512_f32" (the tiers' f32 FMA),
+ * "avx512_bf16" (vdpbf16ps), "amx_bf16" (tile products). UNSUPPORTED if the machine lacks it, INVALID_ARGUMENT if there
+ * is no such roof. */
+LLAISYS_API int32_t llaisysMeasureRoof(const char *roof, double seconds, double *per_second);
+
 /* Called by long calls of this thread, on this thread, about every 50 ms; anything but 0 ends the call with
  * INTERRUPTED. NULL removes it. */
 typedef int32_t (*LlaisysInterrupt)(void *user);

@@ -85,6 +85,7 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llaisysHasIsa": (c_int32, (c_char_p,)),
     "llaisysSetNumThreads": (c_int32, (c_int32,)),
     "llaisysNumThreads": (c_int32, ()),
+    "llaisysMeasureRoof": (c_int32, (c_char_p, c_double, POINTER(c_double))),
     "llaisysSetInterrupt": (c_int32, (InterruptCallback, c_void_p)),
     "llaisysQwen2ModelCreate": (c_void_p, (POINTER(LlaisysQwen2Meta), c_int, POINTER(c_int), c_int)),
     "llaisysQwen2ModelDestroy": (c_int32, (c_void_p,)),

@@ -20,7 +20,7 @@ import numpy as np
 
 from .reference import Spec, Verdict, check, ratios, worst_case
 from .reference.bounds import Array, finfo
-from .reference.compare import STANDARD_ERRORS, bias_limit
+from .reference.compare import STANDARD_ERRORS, scatter
 from .reference.numerics import cast, f32
 from .reference.spec import Screen, arg_dtype
 
@@ -36,7 +36,7 @@ MOVE = 1 / 16
 #: Inputs above this many elements stay as they are: one factor of each product that moves is enough.
 MOVED = 1 << 22
 #: Elements whose oracle is asked for at a time, and to find out what share of an ulp the bound of the others is.
-BATCH, SAMPLE = 4096, 256
+BATCH, SAMPLE = 4096, 64
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,10 @@ def error_ratios(
 
 
 def _biased(verdict: Verdict) -> str:
-    return f"magnitudes are off by {verdict.outward:+.3f} ulp on the average, more than {verdict.limit:.3f}"
+    what, mean = "magnitudes", verdict.outward
+    if abs(verdict.bias) > abs(mean):
+        what, mean = "values", verdict.bias
+    return f"{what} are off by {mean:+.3g} ulp on the average, more than {verdict.limit:.3g}"
 
 
 def _verdicts(spec: Spec, values: Mapping[str, Any], outputs: Mapping[str, Array]) -> dict[str, Verdict]:
@@ -176,11 +179,12 @@ def _screened(spec: Spec, screen: Screen, values: Mapping[str, Any], output: Arr
         if odd.any():
             same = (found == estimate) | (np.isnan(found) & np.isnan(estimate))
             excess[odd] = np.where(same[odd], 0.0, np.inf)
-        error *= np.sign(estimate)
-        error /= 2 * half
-        finite = np.isfinite(error)
-    order = np.flatnonzero(excess > 1)
-    order = order[np.argsort(-excess.reshape(-1)[order])] if len(order) else np.array([int(np.argmax(excess))])
+        other = np.flatnonzero(found != (want := f32(cast(estimate, dtype))))
+        shift = (found.reshape(-1)[other] - want.reshape(-1)[other]) / (2 * half.reshape(-1)[other])
+    flat = excess.reshape(-1)
+    order = np.flatnonzero(flat > 1)
+    order = order[np.argsort(-flat[order])]
+    order = np.append(order, np.argmax(np.where(flat > 1, -1.0, flat)))  # for the ratio to report
     worst, where, failed, unclaimed, expected = -1.0, (0,) * output.ndim, 0, 0, math.nan
     for begin in range(0, len(order), BATCH):
         index = np.unravel_index(order[begin : begin + BATCH], output.shape)
@@ -194,36 +198,41 @@ def _screened(spec: Spec, screen: Screen, values: Mapping[str, Any], output: Arr
         failed += int(np.count_nonzero(ratio > 1))
         if failed:
             break
-    outward, limit = _screened_bias(spec, screen, values, estimate, error, finite, half)
+    bias, outward, limit = 0.0, 0.0, math.inf
+    if dtype != np.float32:
+        bias, outward, limit = _screened_bias(spec, screen, values, estimate, half, other, shift)
     got, reason = output[where].item(), ""
     if failed:
         some = "at least " if len(order) > begin + BATCH else ""
         reason = f"{some}{failed} of {size} elements out of bound, worst at {where}: "
         reason += f"expected {expected!r}, found {got!r}" + (f", ratio {worst:.3g}" if np.isfinite(worst) else "")
     checked = size - unclaimed
-    return Verdict(not failed, worst, where, got, expected, failed, checked, size, 0.0, outward, limit, reason)
+    return Verdict(not failed, worst, where, got, expected, failed, checked, size, bias, outward, limit, reason)
 
 
 def _screened_bias(
-    spec: Spec, screen: Screen, values: Mapping[str, Any], estimate: Array, error: Array, finite: Array, half: Array
-) -> tuple[float, float]:
-    """`outward` and `limit` of a Verdict; what the bound is, in ulps, is taken from a sample of the elements."""
-    count = int(np.count_nonzero(finite))
-    if not count:
-        return 0.0, math.inf
-    outward = float(np.sum(error, where=finite, dtype=np.float64)) / count
-    limit = STANDARD_ERRORS / math.sqrt(12 * count)
-    if abs(outward) <= limit:
-        return outward, limit
-    chosen = np.flatnonzero(finite)
-    _, first = np.unique(np.abs(estimate.reshape(-1)[chosen]), return_index=True)
-    chosen = chosen[first]  # equal values have equal errors, and count once
-    outward = float(error.reshape(-1)[chosen].mean(dtype=np.float64))
-    some = chosen[:: max(1, len(chosen) // SAMPLE)]
-    (oracle,) = spec.call(lambda *args: screen.oracle(np.unravel_index(some, estimate.shape), *args), values)
-    share = np.where(np.isfinite(oracle.a), oracle.a, np.inf) / (2 * half.reshape(-1)[some].astype(np.float64))
-    typical = float(np.sqrt(np.mean(share**2)))
-    return outward, bias_limit(np.broadcast_to(typical, len(chosen)), len(chosen), oracle.independent)
+    spec: Spec, screen: Screen, values: Mapping[str, Any], estimate: Array, half: Array, other: Array, shift: Array
+) -> tuple[float, float, float]:
+    """`bias`, `outward` and `limit` of a Verdict, where the elements `other` differ from the rounded estimate by
+    `shift` ulps. The bound, in ulps, is that of a sample."""
+    flat, finite = estimate.reshape(-1), np.isfinite(shift)
+    other, shift = other[finite], np.clip(shift[finite].astype(np.float64), -1, 1)
+    sides = np.stack([shift, shift * np.sign(flat[other])])
+    mean, limit = sides.sum(axis=-1) / flat.size, STANDARD_ERRORS / flat.size
+    if np.abs(mean).max() > limit:
+        some = np.arange(0, flat.size, max(1, flat.size // SAMPLE))
+        (oracle,) = spec.call(lambda *args: screen.oracle(np.unravel_index(some, estimate.shape), *args), values)
+        step = 2 * half.reshape(-1)[some].astype(np.float64)
+        share = np.minimum(np.where(step > 0, oracle.a / np.maximum(step, 1e-300), np.inf), 1.0)
+        # Result and estimate both have such errors.
+        likely = STANDARD_ERRORS * math.sqrt(2 * scatter(share) / len(some)) if oracle.independent else math.inf
+        common = 2 * float(share.mean())
+        limit = max(limit, min(common, likely / math.sqrt(flat.size)))
+        if np.abs(mean).max() > limit:
+            _, once = np.unique(flat, return_index=True)  # equal values have equal errors, and count once
+            mean = sides[:, np.isin(other, once, assume_unique=True)].sum(axis=-1) / len(once)
+            limit = max(STANDARD_ERRORS / len(once), min(common, likely / math.sqrt(len(once))))
+    return float(mean[0]), float(mean[1]), limit
 
 
 def _half_ulp(x: Array, dtype: np.dtype[Any]) -> Array:

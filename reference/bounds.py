@@ -108,8 +108,8 @@ def rounding_point(y: Array, a: Array | float, dtype: np.dtype[Any]) -> tuple[Ar
 
 def nearest(x: Array, dtype: np.dtype[Any]) -> Array:
     """f64 `x` rounded once to the nearest number of `dtype`, to even; still f64. (`astype` rounds to f32 first.)"""
-    step = ulp(x, dtype)
-    rounded = np.where(np.isfinite(x), np.rint(x / step) * step, x)
+    step = np.where(np.isfinite(x), ulp(x, dtype), 1.0)
+    rounded = np.rint(x / step) * step
     return np.where(np.abs(rounded) > float(finfo(dtype).max), np.copysign(np.inf, x), rounded)
 
 

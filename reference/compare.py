@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .bounds import Array, Oracle, finfo, half_ulp, tolerance, ulp
+from .bounds import Array, L, Oracle, finfo, half_ulp, nearest, tolerance, ulp
 
 #: A mean that is further from what it should be than this many of its standard errors is no accident.
 STANDARD_ERRORS = 6.0
@@ -22,9 +22,10 @@ class Verdict:
     a NaN or infinity does not coincide, or an exact output differs. `index`: of the first element with that ratio, None
     if there are no elements (or shape or dtype is wrong). `got`, `expected`: the two values there. `failed`: elements
     with a ratio above 1. `checked`: elements about which the oracle claims something, out of `size`; a caller that
-    wants evidence must see that it is not 0. `bias`: mean signed error in ulps, `outward`: mean error of the magnitude
-    in ulps (truncation shows as -0.5), both over the finite elements; `limit`: the largest |outward| that rounding to
-    nearest explains (`bias_limit`). `reason`: "" if ok, else what is wrong.
+    wants evidence must see that it is not 0. `bias`: mean difference to y rounded to nearest, in ulps, where more than
+    one ulp counts as one; `outward`: the same of the magnitudes (truncation shows as -0.5); both over the finite
+    elements whose bound a is below an ulp. `limit`: how far from 0 rounding errors may take these (`_bias`). `reason`:
+    "" if ok, else what is wrong.
     """
 
     ok: bool
@@ -45,16 +46,16 @@ class Verdict:
 
     @property
     def biased(self) -> bool:
-        """Magnitudes are off to one side by more than rounding to nearest explains. Data of which few elements are
-        independent can be, so a biased result is suspect, not wrong."""
-        return abs(self.outward) > self.limit
+        """Off to one side by more than independent errors explain: suspect, not wrong, as data may be correlated."""
+        return max(abs(self.bias), abs(self.outward)) > self.limit
 
 
 def ratios(output: Array, oracle: Oracle) -> Array:
     """|output - y| / tolerance per element: at most 1 is admissible, 0 where nothing is claimed.
 
     NaN must meet NaN, and an infinite y the same infinity: inf if not. Where y is finite, an infinity is admissible if
-    the value before the final rounding may lie beyond the last number of the dtype, and required if it must.
+    the value before the final rounding may lie beyond the last number of the dtype, and required if it must. Half-way
+    between two numbers, with a = 0, only the even one is right: inf if not.
     """
     output = np.asarray(output)
     if oracle.exact:
@@ -70,6 +71,8 @@ def ratios(output: Array, oracle: Oracle) -> Array:
         overflow_missing = np.isfinite(out) & (np.abs(y) - a >= beyond)
     ratio = np.where(np.isfinite(out) & ~overflow_missing & ~np.isnan(ratio), ratio, np.where(overflow_ok, 0.0, np.inf))
     ratio = np.where(np.isinf(a), 0.0, ratio)
+    if (ratio == 1).any():  # a tie, if y is known for certain, goes to even
+        ratio = np.where((ratio == 1) & (a == 0) & (out != nearest(y, output.dtype)), np.inf, ratio)
     coincide = (np.isnan(y) & np.isnan(out)) | (y == out)
     return np.where(np.isfinite(y), ratio, np.where(coincide, 0.0, np.inf))
 
@@ -112,38 +115,54 @@ def _same(output: Array, y: Array) -> Array:
 
 
 def _bias(output: Array, oracle: Oracle) -> tuple[float, float, float]:
-    """`bias`, `outward` and `limit` of a Verdict. Equal values have equal errors, so where they look biased, each value
-    counts once."""
-    out, y = output.astype(np.float64), oracle.y.astype(np.float64)
-    a = np.broadcast_to(np.asarray(oracle.a, np.float64), y.shape)
-    use = np.isfinite(out) & np.isfinite(y) & np.isfinite(a)
-    if not use.any():
-        return 0.0, 0.0, math.inf
-    step = np.where(use, ulp(np.where(use, y, 1.0), output.dtype), 1.0)
-    error = np.where(use, np.where(use, out - np.where(use, y, 0.0), 0.0) / step, 0.0)
-    outward = error * np.sign(np.where(use, y, 0.0))
-    share = np.where(use, np.where(use, a, 0.0) / step, 0.0)
-    count = int(np.count_nonzero(use))
-    bias, mean = float(error.sum()) / count, float(outward.sum()) / count
-    limit = bias_limit(share, count, oracle.independent)
-    if abs(mean) > limit:
-        _, first = np.unique(np.abs(y[use]), return_index=True)
-        mean = float(outward[use][first].mean())
-        limit = bias_limit(share[use][first], len(first), oracle.independent)
-    return bias, mean, limit
+    """`bias`, `outward` and `limit` of a Verdict, of the elements that are known to less than an ulp before the final
+    rounding; of others, as most in f32, it would say nothing about that rounding.
 
-
-def bias_limit(share: Array, count: int, independent: bool) -> float:
-    """How far the mean error of `count` magnitudes, in ulps, may be from 0 if each is rounded to nearest.
-
-    The final rounding of unrelated values errs by up to half an ulp to either side, with a variance of 1/12: six
-    standard errors of the mean are 6 / sqrt(12 count), once in 5e8. To this comes what the values before the final
-    rounding may be off together: `share` holds the bound on each in ulps (a / ulp). The mean of these cannot be
-    exceeded; nor, six standard errors again, the root of the sum of the squares of what moves as one, each element for
-    itself or each row (along the last axis), over the count.
+    Against y rounded and not against y: the mean of the roundings themselves need not be 0. Products of two numbers of
+    8 bits have few low bits, that are neither uniform nor symmetric.
     """
-    common = float(np.sum(share)) / count
-    groups = share if independent or share.ndim == 0 else share.sum(axis=-1)
-    return STANDARD_ERRORS / math.sqrt(12 * count) + min(
-        common, STANDARD_ERRORS * math.sqrt(float(np.sum(groups**2))) / count
-    )
+    y = oracle.y.astype(np.float64)
+    want, out = nearest(y, output.dtype), output.astype(np.float64)
+    a = np.broadcast_to(np.asarray(oracle.a, np.float64), y.shape)
+    step = ulp(np.where(np.isfinite(y), y, 0.0), output.dtype)
+    use = np.isfinite(out) & np.isfinite(want) & (a < step)
+    count, other = max(int(np.count_nonzero(use)), 1), use & (out != want)
+    shift = np.clip((out[other] - want[other]) / step[other], -1, 1)
+    sides = np.stack([shift, shift * np.sign(y[other])])
+    mean, limit = sides.sum(axis=-1) / count, STANDARD_ERRORS / count
+    if np.abs(mean).max() > limit:
+        near, share = np.where(use, y, 0.0) / step, np.where(use, a, 0.0) / step
+        limit = _limit(near, share, use, oracle.independent)
+        if np.abs(mean).max() > limit:
+            # Equal values have equal errors: one of each, or a repeated row would count as evidence many times.
+            _, first = np.unique(np.where(use, y, np.nan), return_index=True)
+            once = np.zeros(y.size, bool)
+            once[first] = use.reshape(-1)[first]
+            once = once.reshape(y.shape)
+            mean = sides[:, once[other]].sum(axis=-1) / max(int(np.count_nonzero(once)), 1)
+            limit = _limit(near, share, once, oracle.independent)
+    return float(mean[0]), float(mean[1]), limit
+
+
+def _limit(y: Array, a: Array, use: Array, independent: bool) -> float:
+    """How far the mean of (result - y rounded to nearest) may be from 0, with `y` and `a` in ulps of the result.
+
+    A result may differ from y rounded where y is within a of a tie. In how many elements it may bounds the mean at any
+    rate. If errors have either sign, each row as a whole, it is 0 up to six standard errors, which are at most the root
+    of the sum of the squares; if each element for itself, up to `scatter` too.
+    """
+    count = max(int(np.count_nonzero(use)), 1)
+    near = use & (np.abs(np.abs(y) % 1.0 - 0.5) <= a)
+    total = int(np.count_nonzero(near))
+    if independent:
+        square = min(float(total), scatter(a[use]))
+    else:
+        square = float(np.sum(np.count_nonzero(near, axis=-1).astype(np.float64) ** 2)) if near.ndim else float(total)
+    return max(STANDARD_ERRORS, min(float(total), STANDARD_ERRORS * math.sqrt(square))) / count
+
+
+def scatter(a: Array) -> float:
+    """Variance of the number of results that differ from y rounded one way less those that do the other way, where the
+    f32 part has independent errors with the bound `a` in ulps. Its standard deviation is a / L, and the probability
+    that it crosses a tie no more, if y is in no special position to ties."""
+    return float(np.sum(np.minimum(1.0, a / L)))

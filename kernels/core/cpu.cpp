@@ -100,11 +100,6 @@ int load_active() {
 
 } // namespace
 
-bool has_avx512_bf16() {
-    static const bool has = detect_avx512_bf16();
-    return has;
-}
-
 Tier active_tier() {
     const int tier = load_active();
     if (tier == REFUSED) {
@@ -114,6 +109,13 @@ Tier active_tier() {
              tier_names[best_tier()], name ? name : "nothing");
     }
     return Tier(tier);
+}
+
+bool has_tier(Tier tier) { return tier <= best_tier(); }
+
+bool has_avx512_bf16() {
+    static const bool there = has_tier(AVX512) && detect_avx512_bf16();
+    return there;
 }
 
 } // namespace llaisys
@@ -143,6 +145,6 @@ int32_t llaisysHasIsa(const char *name) {
     const int tier = llaisys::tier_by_name(name);
     if (tier < 0)
         return llaisys::set_error("has_isa", LLAISYS_ERROR_INVALID_ARGUMENT, "expected scalar, avx2, avx512 or amx");
-    return tier <= llaisys::best_tier();
+    return llaisys::has_tier(llaisys::Tier(tier));
 }
 }

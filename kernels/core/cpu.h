@@ -10,6 +10,8 @@ enum Tier : int { SCALAR, AVX2, AVX512, AMX, TIERS };
 // The tier that operators run in now. Throws Failure if LLAISYS_ISA asks for what can not be had.
 Tier active_tier();
 
+// Whether the machine and the build have the tier, in use or not.
+bool has_tier(Tier tier);
 // Whether the processor has AVX512_BF16, which is no tier of its own: the avx512 tier uses it where it is there.
 bool has_avx512_bf16();
 
@@ -31,14 +33,15 @@ struct Kernel {
 } // namespace llaisys
 
 // Declares `name` in the namespaces of the tiers and gathers them as `name_kernel`. Each operator is compiled once per
-// tier (see meson.build), so that only this declaration has to know of all of them. LLAISYS_KERNEL_BF16 is for those few
-// that have a kernel of their own for tiles and one for AVX512_BF16; in the others the amx tier uses the avx512 kernel.
+// tier (see meson.build), so that only this declaration has to know of all of them. LLAISYS_KERNEL_BF16 is for those
+// few that have a kernel of their own for tiles and one for AVX512_BF16; in the others the amx tier uses the avx512
+// kernel.
 #if defined(__x86_64__)
 #define LLAISYS_KERNEL(name, Fn)                                                                                       \
     namespace avx2 { Fn name; }                                                                                        \
     namespace avx512 { Fn name; }                                                                                      \
     static constexpr Kernel<Fn> name##_kernel(scalar::name, avx2::name, avx512::name, nullptr)
-#define LLAISYS_KERNEL_BF16(name, Fn)                                                                                   \
+#define LLAISYS_KERNEL_BF16(name, Fn)                                                                                  \
     namespace avx2 { Fn name; }                                                                                        \
     namespace avx512 { Fn name; }                                                                                      \
     namespace avx512bf16 { Fn name; }                                                                                  \

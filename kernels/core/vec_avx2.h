@@ -125,4 +125,31 @@ static inline Vec hsum_whole(Vec a, Vec b) {
     return {_mm256_add_ps(_mm256_permute2f128_ps(a.v, b.v, 0x20), _mm256_permute2f128_ps(a.v, b.v, 0x31))};
 }
 
+// What a transposition is made of, see vec_scalar.h.
+static inline Vec load_quarters(const char *p, int64_t step) {
+    const __m256 x = _mm256_castps128_ps256(_mm_loadu_ps((const float *)p));
+    return {_mm256_insertf128_ps(x, _mm_loadu_ps((const float *)(p + step)), 1)};
+}
+static inline Vec interleave_low(Vec a, Vec b) { return {_mm256_unpacklo_ps(a.v, b.v)}; }
+static inline Vec interleave_high(Vec a, Vec b) { return {_mm256_unpackhi_ps(a.v, b.v)}; }
+static inline Vec pairs_low(Vec a, Vec b) {
+    return {_mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(a.v), _mm256_castps_pd(b.v)))};
+}
+static inline Vec pairs_high(Vec a, Vec b) {
+    return {_mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(a.v), _mm256_castps_pd(b.v)))};
+}
+static inline void split_lanes(Vec x, const bf16 *, Vec &a, Vec &b) {
+    const __m256i pairs = _mm256_castps_si256(x.v);
+    a = {_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16))};
+    b = {_mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000))))};
+}
+static inline void split_lanes(Vec x, const f16 *, Vec &a, Vec &b) {
+    const __m256i pairs = _mm256_castps_si256(x.v), lower = _mm256_and_si256(pairs, _mm256_set1_epi32(0xffff));
+    const auto widened = [](__m256i h) {
+        return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1)));
+    };
+    a = {widened(lower)};
+    b = {widened(_mm256_srli_epi32(pairs, 16))};
+}
+
 } // namespace llaisys::LLAISYS_TIER

@@ -133,4 +133,26 @@ static inline Vec fold(Vec a, Vec b) {
 }
 static inline Vec hsum_whole(Vec a, Vec b, Vec c, Vec d) { return fold(fold(a, b), fold(c, d)); }
 
+// What a transposition is made of, see vec_scalar.h.
+static inline Vec load_quarters(const char *p, int64_t step) {
+    __m512 x = _mm512_castps128_ps512(_mm_loadu_ps((const float *)p));
+    x = _mm512_insertf32x4(x, _mm_loadu_ps((const float *)(p + step)), 1);
+    x = _mm512_insertf32x4(x, _mm_loadu_ps((const float *)(p + 2 * step)), 2);
+    return {_mm512_insertf32x4(x, _mm_loadu_ps((const float *)(p + 3 * step)), 3)};
+}
+static inline Vec interleave_low(Vec a, Vec b) { return {_mm512_unpacklo_ps(a.v, b.v)}; }
+static inline Vec interleave_high(Vec a, Vec b) { return {_mm512_unpackhi_ps(a.v, b.v)}; }
+static inline Vec pairs_low(Vec a, Vec b) {
+    return {_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a.v), _mm512_castps_pd(b.v)))};
+}
+static inline Vec pairs_high(Vec a, Vec b) {
+    return {_mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a.v), _mm512_castps_pd(b.v)))};
+}
+static inline void split_lanes(Vec x, const bf16 *, Vec &a, Vec &b) { split_pairs(_mm512_castps_si512(x.v), a, b); }
+static inline void split_lanes(Vec x, const f16 *, Vec &a, Vec &b) {
+    const __m512i pairs = _mm512_castps_si512(x.v);
+    a = {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(pairs))};
+    b = {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)))};
+}
+
 } // namespace llaisys::LLAISYS_TIER

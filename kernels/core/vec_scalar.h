@@ -148,4 +148,21 @@ static inline Vec round_to(Vec x) {
 static inline Vec hsum_parts(Vec a, Vec b, Vec c, Vec d) { return {f32x4{hsum(a), hsum(b), hsum(c), hsum(d)}}; }
 static inline Vec hsum_whole(Vec a) { return a; }
 
+// What a transposition is made of. 16 bytes each from p, p + step, ..., as many as a vector holds.
+static inline Vec load_quarters(const char *p, int64_t) { return load((const float *)p); }
+// Of each 16 bytes of a and b in turn: the lower two lanes, the upper two; and the same in steps of 8 bytes.
+static inline Vec interleave_low(Vec a, Vec b) { return {f32x4{a.v[0], b.v[0], a.v[1], b.v[1]}}; }
+static inline Vec interleave_high(Vec a, Vec b) { return {f32x4{a.v[2], b.v[2], a.v[3], b.v[3]}}; }
+static inline Vec pairs_low(Vec a, Vec b) { return {f32x4{a.v[0], a.v[1], b.v[0], b.v[1]}}; }
+static inline Vec pairs_high(Vec a, Vec b) { return {f32x4{a.v[2], a.v[3], b.v[2], b.v[3]}}; }
+// The lower and the upper element of the two that each lane holds, widened.
+static inline void split_lanes(Vec x, const bf16 *, Vec &a, Vec &b) {
+    a = {(f32x4)((u32x4)x.v << 16)};
+    b = {(f32x4)((u32x4)x.v & 0xffff0000)};
+}
+static inline void split_lanes(Vec x, const f16 *, Vec &a, Vec &b) {
+    a = {from_f16((u32x4)x.v & 0xffff)};
+    b = {from_f16((u32x4)x.v >> 16)};
+}
+
 } // namespace llaisys::LLAISYS_TIER

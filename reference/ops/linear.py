@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bounds import MAX32, TINY32, U32, Array, Oracle, walk
+from ..bounds import MAX32, TINY32, U32, Array, L, Oracle, walk
 from ..numerics import cast, f32, f64, quiet
 from ..spec import FLOATS, Arg, Dims, ErrorCase, Probe, Screen, Spec, qwen2_bench
 
@@ -38,7 +38,7 @@ def oracle(x: Array, weight: Array, bias: Array | None = None) -> tuple[Oracle, 
         y, magnitude = y + f64(bias)[:, None], magnitude + np.abs(f64(bias))[:, None]
     a = _bound(y, magnitude, operands, count, x.dtype)
     shape = (*x.shape[:-1], features)
-    return (Oracle(y.T.reshape(shape), a.T.reshape(shape), independent=True),)
+    return (Oracle(y.T.reshape(shape), a.T.reshape(shape), independent=_many(count)),)
 
 
 def _bound(y: Array, magnitude: Array, operands: Array, count: int, dtype: np.dtype[Any]) -> Array:
@@ -51,6 +51,11 @@ def _bound(y: Array, magnitude: Array, operands: Array, count: int, dtype: np.dt
         a = a + TINY32 * (operands + 2 * count)
     # Non-finite inputs show in y itself; where the sums only may leave f32 on the way, nothing is claimed.
     return np.where(np.isfinite(y), np.where(magnitude < MAX32, a, np.inf), 0.0)
+
+
+def _many(count: int) -> bool:
+    """Whether the bound is that of a random walk, L times the standard deviation."""
+    return count >= L**2
 
 
 @quiet
@@ -70,7 +75,7 @@ def oracle_at(where: tuple[Array, ...], x: Array, weight: Array, bias: Array | N
     if bias is not None:
         offset = f64(bias)[where[-1]]
         y, magnitude = y + offset, magnitude + np.abs(offset)
-    return Oracle(y, _bound(y, magnitude, operands, count, x.dtype), independent=True)
+    return Oracle(y, _bound(y, magnitude, operands, count, x.dtype), independent=_many(count))
 
 
 @quiet

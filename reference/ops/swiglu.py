@@ -22,9 +22,10 @@ def swiglu(gate: Array, up: Array) -> Array:
 
 @quiet
 def oracle(gate: Array, up: Array) -> tuple[Oracle, ...]:
-    """x sigmoid(x) up in f64, with the sigmoid as (1 + tanh(x / 2)) / 2 where that does not cancel."""
+    """x sigmoid(x) up in f64, with the sigmoid by way of exp(-|x|), which never overflows."""
     x, wide = f64(gate), f64(up)
-    sigmoid = np.where(x > 0, (1 + np.tanh(x / 2)) / 2, np.exp(x) / (1 + np.exp(x)))
+    decay = np.exp(-np.abs(x))
+    sigmoid = np.where(x > 0, 1.0, decay) / (1 + decay)
     silu = np.where(np.isposinf(x), x, x * sigmoid)
     # exp(-x): reducing the argument costs up to 2 |x| u, the polynomial 5 u; adding 1, dividing and the product 3 more.
     off = U32 * np.abs(silu) * (8 + 2 * np.abs(x))
