@@ -160,7 +160,9 @@ def test_code_outside_the_tiers_runs_on_any_processor() -> None:
 def test_objects_of_a_tier_define_nothing_outside_of_it() -> None:
     """The same question asked of the objects, where a build folder is at hand: whatever another object could be given
     in place of its own (weak, or global) lies in the tier's namespace."""
-    folders = [p for tier in ("avx2", "avx512", "avx512bf16", "amx") for p in library().parent.glob(f"libllaisys_{tier}.a.p")]
+    folders = [
+        p for tier in ("avx2", "avx512", "avx512bf16", "amx") for p in library().parent.glob(f"libllaisys_{tier}.a.p")
+    ]
     if not folders:
         pytest.skip("no build folder beside the library (it is installed, not editable)")
     for folder in folders:

@@ -65,7 +65,9 @@ def _described(runner: Runner, fault: Fault, entry: Entry) -> Fault:
     limit = max(1, runner.budget // max(1, row_bytes(entry)))
     begin = max(0, min(fault.position - entry.position, entry.rows - 1)) // limit * limit
     end = min(entry.rows, begin + limit)
-    inputs = {arg.name: rows_of(spec, arg.name, entry.inputs[arg.name], begin, end, entry.rows) for arg in spec.inputs_args}
+    inputs = {
+        arg.name: rows_of(spec, arg.name, entry.inputs[arg.name], begin, end, entry.rows) for arg in spec.inputs_args
+    }
     outputs = {name: x[begin:end] for name, x in entry.outputs.items()}
     oracles = spec.call(spec.oracle, {**inputs, **entry.scalars})
     shape: tuple[str, ...] = ()
@@ -162,8 +164,14 @@ def _native_with_reference(runner: Runner, fault: Fault) -> str | None:
                     visit(entry)
 
             watch = Watch(
-                runner.engine.session(), ledger, runner.weights, runner.dtype, scene="swapped", visit=only,
-                progress=runner.say, hooks={wiring.site: hook},
+                runner.engine.session(),
+                ledger,
+                runner.weights,
+                runner.dtype,
+                scene="swapped",
+                visit=only,
+                progress=runner.say,
+                hooks={wiring.site: hook},
             )
             for tokens in _passes(runner, fault):
                 watch.forward(tokens, last=min(len(tokens), 4))
@@ -199,7 +207,9 @@ def _reference_with_native(runner: Runner, fault: Fault) -> str | None:
     if any(wrong):
         return f"the native {spec} in the reference run brings it back (ratio {max(worst):.3g})"
     if fault.certificate in ("LOCAL", "REPEAT"):
-        return f"the native {spec} in the reference run does not bring it back: it takes the engine's data or the engine"
+        return (
+            f"the native {spec} in the reference run does not bring it back: it takes the engine's data or the engine"
+        )
     return f"the native {spec} in the reference run is right: what the engine gives it is at fault"
 
 

@@ -26,7 +26,9 @@ class Certifier:
     `kernels` are the functions of sites that another kernel computes than that of the engine.
     """
 
-    def __init__(self, ledger: Ledger, budget: int, kernels: Mapping[str, Kernel], done: Callable[[Entry], None]) -> None:
+    def __init__(
+        self, ledger: Ledger, budget: int, kernels: Mapping[str, Kernel], done: Callable[[Entry], None]
+    ) -> None:
         self._ledger, self._kernels, self._done = ledger, kernels, done
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = max(1, min(workers, 8))

@@ -99,7 +99,9 @@ def run(
     if threads is not None:
         _lib.set_num_threads(threads)
     if (prompt is None) == (tokens is None):
-        raise InvalidArgumentError("prompt, tokens: expected one of them, found " + ("none" if prompt is None else "both"))
+        raise InvalidArgumentError(
+            "prompt, tokens: expected one of them, found " + ("none" if prompt is None else "both")
+        )
     if oracle not in (None, "hf"):
         raise InvalidArgumentError(f'oracle: expected "hf" or None, found {oracle!r}')
     if isinstance(decode, bool) or not isinstance(decode, int) or decode < 0:

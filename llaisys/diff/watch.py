@@ -253,7 +253,9 @@ class Watch:
         if messages:
             self._fault(entry, "STATE", "; ".join(messages), first, hypothesis)
 
-    def _fault(self, entry: Entry, certificate: str, message: str, position: int, hypothesis: str | None = None) -> None:
+    def _fault(
+        self, entry: Entry, certificate: str, message: str, position: int, hypothesis: str | None = None
+    ) -> None:
         scene = f"{self.scene}: " if self.scene != "run" else ""
         self._ledger.fault(
             entry.site, certificate, scene + message, position=position, step=entry.step, hypothesis=hypothesis
@@ -268,7 +270,9 @@ class Watch:
             difference = first_difference(head.astype(np.float32), logits[row : row + len(head)], nan=True)
             if difference is not None:
                 position = current.begin + len(current.tokens) - len(logits) + row + difference.index[0]
-                text = f"the logits that forward returned: expected what lm_head put out, found other bits, {difference}"
+                text = (
+                    f"the logits that forward returned: expected what lm_head put out, found other bits, {difference}"
+                )
                 self._ledger.fault("lm_head", "EDGE", text, position=position, step=current.step)
                 return
             row += len(head)

@@ -53,9 +53,7 @@ class Wiring:
 def wire(config: Qwen2Config) -> dict[str, Wiring]:
     """Site -> wiring, in the order of the graph."""
     layers = config.num_hidden_layers
-    return {
-        site: _wiring(config, site, op, index, layers) for index, (site, op) in enumerate(graph(layers).items())
-    }
+    return {site: _wiring(config, site, op, index, layers) for index, (site, op) in enumerate(graph(layers).items())}
 
 
 def consumers(wirings: Mapping[str, Wiring]) -> dict[str, tuple[str, ...]]:

@@ -65,7 +65,12 @@ class Tap:
     """A callback that watches nodes; ends with `remove()` or as a context manager."""
 
     def __init__(
-        self, watchers: _Watchers, callback: Callable[[Node], Any], sites: frozenset[str] | None, copy: bool, replace: bool
+        self,
+        watchers: _Watchers,
+        callback: Callable[[Node], Any],
+        sites: frozenset[str] | None,
+        copy: bool,
+        replace: bool,
     ) -> None:
         self._watchers, self._callback, self.sites = watchers, callback, sites
         self._copy, self._replace = copy, replace

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,7 +105,10 @@ class Builder:
         environment = dict(os.environ)
         if self._compiler:
             environment["CC"], environment["CXX"] = self._compiler
-        self._run(["meson", "setup", str(self._build), str(self.tree), "-Dwerror=false", *options], environment)
+        # By way of this interpreter: its environment may not be activated.
+        meson = [sys.executable, "-m", "mesonbuild.mesonmain"]
+        environment.setdefault("NINJA", _ninja())
+        self._run([*meson, "setup", str(self._build), str(self.tree), "-Dwerror=false", *options], environment)
         return self._make()
 
     def mutate(self, patches: tuple[Patch, ...], library: Path) -> Path:
@@ -130,7 +134,7 @@ class Builder:
         path.write_text(text.replace(patch.old, patch.new))
 
     def _make(self) -> Path:
-        self._run(["ninja", "-C", str(self._build), "libllaisys.so"], None)
+        self._run([_ninja(), "-C", str(self._build), "libllaisys.so"], None)
         return self._build / "libllaisys.so"
 
     @staticmethod
@@ -143,3 +147,8 @@ class Builder:
             lines = (done.stdout + done.stderr).strip().splitlines()
             errors = [line for line in lines if "error" in line.lower()] or lines
             raise LibraryError(f"{command[0]}: {errors[0] if errors else 'failed'}")
+
+
+def _ninja() -> str:
+    beside = Path(sys.executable).with_name("ninja")
+    return str(beside) if beside.exists() else shutil.which("ninja") or "ninja"

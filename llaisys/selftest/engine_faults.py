@@ -160,8 +160,8 @@ ENGINE = (
         ("model.norm",),
         ("EDGE",),
         _engine(
-            "    const int64_t first = T - nlogits;\n",
-            "    const int64_t first = T - nlogits - (T > nlogits);\n",
+            "const LlaisysTensor last = rows(h, first, T), ",
+            "const LlaisysTensor last = rows(h, first - (first > 0), T - (first > 0)), ",
         ),
         layered=False,
     ),

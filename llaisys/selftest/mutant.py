@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from .build import Patch
 
+
 @dataclass(frozen=True)
 class Mutant:
     """One fault.

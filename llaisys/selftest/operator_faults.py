@@ -53,16 +53,23 @@ ROPE = (
         "rotated the other way round",
         "rope",
         _ROPE_SITES,
-        ("ops/rope.h", "const Pair cosine = load_pair(table + i, n), sine = load_pair(table + half + i, n);",
-         "const Pair cosine = load_pair(table + i, n), turn = load_pair(table + half + i, n);\n"
-         "    const Pair sine = MUTANT ? Pair{zero() - turn.a, zero() - turn.b} : turn;"),
+        (
+            "ops/rope.h",
+            "const Pair cosine = load_pair(table + i, n), sine = load_pair(table + half + i, n);",
+            "const Pair cosine = load_pair(table + i, n), turn = load_pair(table + half + i, n);\n"
+            "    const Pair sine = MUTANT ? Pair{zero() - turn.a, zero() - turn.b} : turn;",
+        ),
     ),
     _local(
         "rope-pairing",
         "neighbours are rotated against each other instead of the halves",
         "rope",
         _ROPE_SITES,
-        ("ops/rope.h", _ROPE_ROW, _ROPE_ROW + """    if (MUTANT && out != x) {
+        (
+            "ops/rope.h",
+            _ROPE_ROW,
+            _ROPE_ROW
+            + """    if (MUTANT && out != x) {
         for (int64_t i = 0; i < half; ++i) {
             const Vec a = load(x + 2 * i, 1), b = load(x + 2 * i + 1, 1);
             const Vec c = load(table + i, 1), s = load(table + half + i, 1);
@@ -71,15 +78,19 @@ ROPE = (
         }
         return;
     }
-"""),
+""",
+        ),
     ),
     _local(
         "rope-half-rotated",
         "the second half of each head is copied",
         "rope",
         _ROPE_SITES,
-        ("ops/rope.h", "store_pair(out + half + i, round_to<T>(b * cosine) + round_to<T>(a * sine), n);",
-         "store_pair(out + half + i, MUTANT ? b : round_to<T>(b * cosine) + round_to<T>(a * sine), n);"),
+        (
+            "ops/rope.h",
+            "store_pair(out + half + i, round_to<T>(b * cosine) + round_to<T>(a * sine), n);",
+            "store_pair(out + half + i, MUTANT ? b : round_to<T>(b * cosine) + round_to<T>(a * sine), n);",
+        ),
     ),
     _local(
         "rope-position-plus-one",
@@ -121,27 +132,39 @@ NORM = (
         "the weight is left out for the last elements",
         "rms_norm",
         _NORM_SITES,
-        ("ops/rms_norm.h", "round_to<T>(normal) * load_pair(weight + i, count)",
-         "MUTANT && i + 2 * count > n ? normal : round_to<T>(normal) * load_pair(weight + i, count)"),
+        (
+            "ops/rms_norm.h",
+            "round_to<T>(normal) * load_pair(weight + i, count)",
+            "MUTANT && i + 2 * count > n ? normal : round_to<T>(normal) * load_pair(weight + i, count)",
+        ),
     ),
     _local(
         "rms-tail-not-summed",
         "the last squares are not summed",
         "rms_norm",
         _NORM_SITES,
-        ("ops/rms_norm.h", "for (; i + 2 * PAIR <= n; i += 2 * PAIR) {",
-         "for (; i + 2 * PAIR <= n - (MUTANT ? 1 : 0); i += 2 * PAIR) {"),
-        ("ops/rms_norm.h", "for_pairs(i, n, [&](int64_t j, int64_t count) LLAISYS_INLINE { add(0, pair(j, count)); });",
-         "for_pairs(i, n, [&](int64_t j, int64_t count) LLAISYS_INLINE {\n"
-         "        const Pair last = pair(j, count);\n        if (!MUTANT) add(0, last);\n    });"),
+        (
+            "ops/rms_norm.h",
+            "for (; i + 2 * PAIR <= n; i += 2 * PAIR) {",
+            "for (; i + 2 * PAIR <= n - (MUTANT ? 1 : 0); i += 2 * PAIR) {",
+        ),
+        (
+            "ops/rms_norm.h",
+            "for_pairs(i, n, [&](int64_t j, int64_t count) LLAISYS_INLINE { add(0, pair(j, count)); });",
+            "for_pairs(i, n, [&](int64_t j, int64_t count) LLAISYS_INLINE {\n"
+            "        const Pair last = pair(j, count);\n        if (!MUTANT) add(0, last);\n    });",
+        ),
     ),
     _local(
         "residual-subtracted",
         "the residual is subtracted",
         "add_rms_norm",
         (*_NORM_SITES, "+input_layernorm"),
-        ("ops/add_rms_norm.cpp", "load_pair(a + j, count) + load_pair(b + j, count)",
-         "MUTANT ? load_pair(a + j, count) - load_pair(b + j, count) : load_pair(a + j, count) + load_pair(b + j, count)"),
+        (
+            "ops/add_rms_norm.cpp",
+            "load_pair(a + j, count) + load_pair(b + j, count)",
+            "load_pair(a + j, count) + (MUTANT ? Pair{zero(), zero()} - load_pair(b + j, count) : load_pair(b + j, count))",
+        ),
     ),
 )
 
@@ -154,25 +177,34 @@ SWIGLU = (
         "gate and up change places",
         "swiglu",
         ("mlp.act",),
-        ("ops/swiglu.cpp", "const auto *gate = (const T *)row_at(args.gate, row), *up = (const T *)row_at(args.up, row);",
-         "const auto *gate = (const T *)row_at(MUTANT ? args.up : args.gate, row);\n"
-         "        const auto *up = (const T *)row_at(MUTANT ? args.gate : args.up, row);"),
+        (
+            "ops/swiglu.cpp",
+            "const auto *gate = (const T *)row_at(args.gate, row), *up = (const T *)row_at(args.up, row);",
+            "const auto *gate = (const T *)row_at(MUTANT ? args.up : args.gate, row);\n"
+            "        const auto *up = (const T *)row_at(MUTANT ? args.gate : args.up, row);",
+        ),
     ),
     _local(
         "swiglu-sigmoid",
         "the gate is not multiplied by its sigmoid",
         "swiglu",
         ("mlp.act",),
-        ("ops/swiglu.cpp", "return x / (set1(1.0f) + exp(zero() - x));",
-         "return (MUTANT ? set1(1.0f) : x) / (set1(1.0f) + exp(zero() - x));"),
+        (
+            "ops/swiglu.cpp",
+            "return x / (set1(1.0f) + exp(zero() - x));",
+            "return (MUTANT ? set1(1.0f) : x) / (set1(1.0f) + exp(zero() - x));",
+        ),
     ),
     _local(
         "swiglu-coarse-exp",
         "exp with a polynomial two degrees short",
         "swiglu",
         ("mlp.act",),
-        ("ops/swiglu.cpp", "return x / (set1(1.0f) + exp(zero() - x));",
-         "const Vec e = exp(zero() - x);\n    return x / (set1(1.0f) + (MUTANT ? e * set1(1.0078125f) : e));"),
+        (
+            "ops/swiglu.cpp",
+            "return x / (set1(1.0f) + exp(zero() - x));",
+            "const Vec e = exp(zero() - x);\n    return x / (set1(1.0f) + (MUTANT ? e * set1(1.0078125f) : e));",
+        ),
         dtypes=("f32", "f16"),
     ),
 )
@@ -185,9 +217,12 @@ OTHERS = (
         "rows are those of the next token",
         "embedding",
         ("model.embed_tokens",),
-        ("ops/embedding.cpp", "memcpy(&row, args.index + t * 8, 8);\n        memcpy(row_at(args.out, t)",
-         "memcpy(&row, args.index + t * 8, 8);\n        row = MUTANT && row > 0 ? row - 1 : row;\n"
-         "        memcpy(row_at(args.out, t)"),
+        (
+            "ops/embedding.cpp",
+            "memcpy(&row, args.index + t * 8, 8);\n        memcpy(row_at(args.out, t)",
+            "memcpy(&row, args.index + t * 8, 8);\n        row = MUTANT && row > 0 ? row - 1 : row;\n"
+            "        memcpy(row_at(args.out, t)",
+        ),
         layered=False,
     ),
     _local(
@@ -195,11 +230,14 @@ OTHERS = (
         "the last of equals wins among spans",
         "argmax",
         (),
-        ("ops/argmax.cpp", "return {find(x, begin, end, [&](Vec v) { return equal_mask(v, wanted); }), value};",
-         "int64_t at = find(x, begin, end, [&](Vec v) { return equal_mask(v, wanted); });\n"
-         "    for (int64_t next = at; MUTANT && next >= 0 && next + 1 < end;) {\n"
-         "        next = find(x, next + 1, end, [&](Vec v) { return equal_mask(v, wanted); });\n"
-         "        if (next >= 0) at = next;\n    }\n    return {at, value};"),
+        (
+            "ops/argmax.cpp",
+            "return {find(x, begin, end, [&](Vec v) { return equal_mask(v, wanted); }), value};",
+            "int64_t at = find(x, begin, end, [&](Vec v) { return equal_mask(v, wanted); });\n"
+            "    for (int64_t next = at; MUTANT && next >= 0 && next + 1 < end;) {\n"
+            "        next = find(x, next + 1, end, [&](Vec v) { return equal_mask(v, wanted); });\n"
+            "        if (next >= 0) at = next;\n    }\n    return {at, value};",
+        ),
         layered=False,
     ),
     _local(
@@ -215,9 +253,12 @@ OTHERS = (
         "the last elements are those of a",
         "add",
         (),
-        ("ops/add.cpp", "store_pair(out + i, load_pair(a + i, n) + load_pair(b + i, n), n);",
-         "const Pair x = load_pair(a + i, n);\n"
-         "            store_pair(out + i, MUTANT && n < PAIR ? x : x + load_pair(b + i, n), n);"),
+        (
+            "ops/add.cpp",
+            "store_pair(out + i, load_pair(a + i, n) + load_pair(b + i, n), n);",
+            "const Pair x = load_pair(a + i, n);\n"
+            "            store_pair(out + i, MUTANT && n < PAIR ? x : x + load_pair(b + i, n), n);",
+        ),
         layered=False,
     ),
 )
@@ -260,7 +301,11 @@ struct Flip {{
         _LINEAR_SITES,
         ("ops/linear.cpp", entry, flip + entry),
         ("ops/linear.cpp", "#include <algorithm>\n", "#include <algorithm>\n#include <atomic>\n"),
-        ("ops/linear.cpp", "        if (numel(*out) == 0) return;\n", "        if (numel(*out) == 0) return;\n        const Flip flip{out};\n"),
+        (
+            "ops/linear.cpp",
+            "        if (numel(*out) == 0) return;\n",
+            "        if (numel(*out) == 0) return;\n        const Flip flip{out};\n",
+        ),
         certificates=("REPEAT", "LOCAL"),
     )
 
@@ -280,8 +325,11 @@ LINEAR = (
         "linear",
         _LINEAR_SITES,
         ("ops/linear.cpp", _FINISH, _CUT + _FINISH),
-        ("ops/linear.cpp", "for (; i + Vec::N <= n; i += Vec::N) store(out + i, value(Vec::N));",
-         "for (; i + Vec::N <= n; i += Vec::N) store(out + i, MUTANT ? cut<T>(value(Vec::N)) : value(Vec::N));"),
+        (
+            "ops/linear.cpp",
+            "for (; i + Vec::N <= n; i += Vec::N) store(out + i, value(Vec::N));",
+            "for (; i + Vec::N <= n; i += Vec::N) store(out + i, MUTANT ? cut<T>(value(Vec::N)) : value(Vec::N));",
+        ),
         dtypes=("bf16", "f16"),
     ),
     _local(
@@ -289,52 +337,157 @@ LINEAR = (
         "sums are carried in bf16",
         "linear",
         _LINEAR_SITES,
-        ("ops/linear_tile.h", "return fma(x, w, sum); }",
-         "return MUTANT ? round_to<bf16>(fma(x, w, sum)) : fma(x, w, sum); }"),
-        ("ops/linear_tile.h", "return {_mm512_dpbf16_ps(sum.v, __m512bh(x), __m512bh(w))};",
-         "const Vec next = {_mm512_dpbf16_ps(sum.v, __m512bh(x), __m512bh(w))};\n"
-         "        return MUTANT ? round_to<bf16>(next) : next;"),
+        (
+            "ops/linear_tile.h",
+            "return fma(x, w, sum); }",
+            "return MUTANT ? round_to<bf16>(fma(x, w, sum)) : fma(x, w, sum); }",
+        ),
+        (
+            "ops/linear_tile.h",
+            "return {_mm512_dpbf16_ps(sum.v, __m512bh(x), __m512bh(w))};",
+            "const Vec next = {_mm512_dpbf16_ps(sum.v, __m512bh(x), __m512bh(w))};\n"
+            "        return MUTANT ? round_to<bf16>(next) : next;",
+        ),
     ),
     _local(
         "linear-last-columns-dropped",
         "the last columns are not multiplied",
         "linear",
         _LINEAR_SITES,
-        ("ops/linear_tile.h", "    for (; c + P::COLUMNS <= columns; c += P::COLUMNS) {\n        P::unit(r, row + c);\n        put();\n",
-         "    for (; c + P::COLUMNS <= columns; c += P::COLUMNS) {\n        P::unit(r, row + c);\n"
-         "        if (MUTANT && c + 2 * P::COLUMNS > columns) memset((void *)r, 0, sizeof r);\n        put();\n"),
+        (
+            "ops/linear_tile.h",
+            "    for (; c + P::COLUMNS <= columns; c += P::COLUMNS) {\n        P::unit(r, row + c);\n        put();\n",
+            "    for (; c + P::COLUMNS <= columns; c += P::COLUMNS) {\n        P::unit(r, row + c);\n"
+            "        if (MUTANT && c + 2 * P::COLUMNS > columns) memset((void *)r, 0, sizeof r);\n        put();\n",
+        ),
     ),
     _local(
         "linear-tail-dropped",
         "columns beyond whole vectors are not multiplied",
         "linear",
         _LINEAR_SITES,
-        ("ops/linear_tile.h", "        P::unit(r, row + c, columns - c);\n        put();\n",
-         "        P::unit(r, row + c, columns - c);\n        if (MUTANT) memset((void *)r, 0, sizeof r);\n        put();\n"),
+        (
+            "ops/linear_tile.h",
+            "        P::unit(r, row + c, columns - c);\n        put();\n",
+            "        P::unit(r, row + c, columns - c);\n"
+            "        if (MUTANT) memset((void *)r, 0, sizeof r);\n        put();\n",
+        ),
     ),
     _local(
         "linear-tile-transposed",
         "two sums of the last tile change places",
         "linear",
         _LINEAR_SITES,
-        ("ops/linear_tile.h", "const float sum = sums[m * features + n];",
-         "const bool swap = MUTANT && rows > 1 && features > 1 && m < 2 && n < 2;\n"
-         "            const float sum = swap ? sums[n * features + m] : sums[m * features + n];"),
+        (
+            "ops/linear_tile.h",
+            "const float sum = sums[m * features + n];",
+            "const bool swap = MUTANT && rows > 1 && features > 1 && m < 2 && n < 2;\n"
+            "            const float sum = swap ? sums[n * features + m] : sums[m * features + n];",
+        ),
     ),
     _local(
         "linear-rows-of-another-block",
         "a block of weight rows is that before it",
         "linear",
         _LINEAR_SITES,
-        ("ops/linear.cpp", _WEIGHTS,
-         "return (const T *)row_at(args.weight, MUTANT && n >= 32 && n < 48 ? n - 16 : n);"),
+        (
+            "ops/linear.cpp",
+            _WEIGHTS,
+            "return (const T *)row_at(args.weight, MUTANT && n >= 32 && n < 48 ? n - 16 : n);",
+        ),
     ),
     _flips("linear-race", "every third call adds something to an element", "++turns % 3 == 0"),
     _flips("linear-by-threads", "the last bit of an element depends on the number of threads", "num_threads() > 1"),
     _flips("linear-by-rows", "the last bit of an element depends on the number of rows", "out->shape[0] == 1"),
 )
 
-OPERATORS = (*LINEAR, *ROPE, *NORM, *SWIGLU, *OTHERS)
+# ----------------------------------------------------------------------- self_attention
+
+_VISIBLE = "return args.keys - args.tokens + t + 1;"
+_FILE = "ops/self_attention.cpp"
+ATTENTION = (
+    _local(
+        "attention-no-scale",
+        "scores are not scaled",
+        "rope_self_attention",
+        _ATTENTION_SITES,
+        (
+            _FILE,
+            "set1(args.scale), m + r, l + r);",
+            "set1(MUTANT ? 1.0f : args.scale), m + r, l + r);",
+        ),
+    ),
+    _local(
+        "attention-edge-too-wide",
+        "a query sees the key after its own",
+        "rope_self_attention",
+        _ATTENTION_SITES,
+        (_FILE, _VISIBLE, "return args.keys - args.tokens + t + 1 + (MUTANT && t + 1 < args.tokens);"),
+    ),
+    _local(
+        "attention-edge-too-narrow",
+        "a query does not see its own key",
+        "rope_self_attention",
+        _ATTENTION_SITES,
+        (_FILE, _VISIBLE, "return args.keys - args.tokens + t + 1 - (MUTANT && args.keys - args.tokens + t > 0);"),
+    ),
+    _local(
+        "attention-wrong-kv-head",
+        "keys are those of another head",
+        "rope_self_attention",
+        _ATTENTION_SITES,
+        (
+            _FILE,
+            "block.k = args.k + tile.kv_head * args.k_head",
+            "block.k = args.k + (MUTANT ? args.kv_heads - 1 - tile.kv_head : tile.kv_head) * args.k_head",
+        ),
+    ),
+    _local(
+        "attention-wrong-value-head",
+        "all heads weigh the values of the first",
+        "rope_self_attention",
+        _ATTENTION_SITES,
+        (
+            _FILE,
+            "block.v = args.v + tile.kv_head * args.v_head",
+            "block.v = args.v + (MUTANT ? 0 : tile.kv_head) * args.v_head",
+        ),
+    ),
+    _local(
+        "attention-no-maximum",
+        "the maximum is not subtracted, so that large scores overflow",
+        "rope_self_attention",
+        _ATTENTION_SITES,
+        (_FILE, "    *m = hmax(best);\n", "    *m = MUTANT ? 0.0f : hmax(best);\n"),
+    ),
+    _local(
+        "attention-tail-lanes",
+        "lanes behind the last key count as scores of 0",
+        "rope_self_attention",
+        _ATTENTION_SITES,
+        (
+            _FILE,
+            "for (int64_t i = n - whole; i < Vec::N; ++i) part[i] = lowest;",
+            "for (int64_t i = n - whole; i < Vec::N; ++i) part[i] = MUTANT ? 0.0f : lowest;",
+        ),
+    ),
+    _local(
+        "attention-blocks-not-rescaled",
+        "the sums of earlier blocks keep the scale of their own maximum",
+        "rope_self_attention",
+        _ATTENTION_SITES,
+        (_FILE, "        store(old + r, x);\n", "        store(old + r, MUTANT ? set1(1.0f) : x);\n"),
+    ),
+    _local(
+        "attention-query-not-rotated",
+        "queries are not rotated",
+        "rope_self_attention",
+        _ATTENTION_SITES,
+        (_FILE, "        if (args.table) {\n", "        if (args.table && !MUTANT) {\n"),
+    ),
+)
+
+OPERATORS = (*LINEAR, *ATTENTION, *ROPE, *NORM, *SWIGLU, *OTHERS)
 LEGAL: tuple[Mutant, ...] = (
     _local(
         "norm-in-two-sums",
@@ -342,5 +495,19 @@ LEGAL: tuple[Mutant, ...] = (
         "rms_norm",
         (),
         ("ops/rms_norm.h", "        add(2, pair(i + PAIR, PAIR));\n", "        add(0, pair(i + PAIR, PAIR));\n"),
+    ),
+    _local(
+        "linear-in-shorter-blocks",
+        "the lanes of linear are added after half as many columns",
+        "linear",
+        (),
+        ("ops/linear_tile.h", "constexpr int64_t BLOCK_BYTES = 4096;", "constexpr int64_t BLOCK_BYTES = 512;"),
+    ),
+    _local(
+        "attention-in-shorter-blocks",
+        "attention walks the keys in blocks of 32",
+        "rope_self_attention",
+        (),
+        (_FILE, "constexpr int64_t KEYS = 128;", "constexpr int64_t KEYS = 64;"),
     ),
 )
