@@ -163,7 +163,8 @@ NORM = (
         (
             "ops/add_rms_norm.cpp",
             "load_pair(a + j, count) + load_pair(b + j, count)",
-            "load_pair(a + j, count) + (MUTANT ? Pair{zero(), zero()} - load_pair(b + j, count) : load_pair(b + j, count))",
+            "load_pair(a + j, count) + load_pair(b + j, count) * (MUTANT ? Pair{set1(-1.0f), set1(-1.0f)}\n"
+            "                                                                     : Pair{set1(1.0f), set1(1.0f)})",
         ),
     ),
 )
