@@ -45,7 +45,7 @@ def selftest(
         raise InvalidArgumentError(f"expected faults of --list, found {', '.join(sorted(unknown))}")
     if show:
         for mutant in chosen:
-            print(f"{mutant.name:<28}{'/'.join(mutant.certificates):<14}{mutant.title}")
+            print(f"{mutant.name:<32}{'/'.join(mutant.certificates):<14}{mutant.title}")
         return
     plan = Plan(mutants=chosen, controls=controls)
     if quick:
