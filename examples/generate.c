@@ -57,8 +57,9 @@ static int32_t load_tensor(FILE *file, LlaisysQwen2Model *model) {
         !read_exactly(file, shape, ndim * 8) || !read_exactly(file, &data_bytes, 8) || data_bytes > SIZE_MAX / 2)
         return 0;
     name[name_bytes] = 0;
-    size_t sizes[LLAISYS_MAX_DIMS];
-    for (uint64_t i = 0; i < ndim; ++i) sizes[i] = (size_t)shape[i];
+    size_t sizes[LLAISYS_MAX_DIMS], wanted = dtype == LLAISYS_DTYPE_F32 ? 4 : 2;
+    for (uint64_t i = 0; i < ndim; ++i) wanted *= sizes[i] = (size_t)shape[i];
+    if (wanted != data_bytes) return 0; /* the library reads as many bytes as the shape says */
     void *data = malloc(data_bytes ? data_bytes : 1);
     int32_t status = 0;
     if (data && read_exactly(file, data, data_bytes))

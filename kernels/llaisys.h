@@ -207,6 +207,12 @@ LLAISYS_API int32_t llaisysQwen2ModelDestroy(LlaisysQwen2Model *model);
  * tensors of one model at the same time. */
 LLAISYS_API int32_t llaisysQwen2ModelLoadTensor(LlaisysQwen2Model *model, const char *name, const void *data,
                                                 const size_t *shape, size_t ndim, LlaisysDataType dtype);
+/* The same for the rows [begin, end) of the first axis, `data` being the first of them and `shape` that of the whole
+ * tensor, which is there when each of its rows is (STATE for one that comes twice). It is copied on the calling thread
+ * alone, so that several threads can read and load a checkpoint together, a piece each at a time. */
+LLAISYS_API int32_t llaisysQwen2ModelLoadRows(LlaisysQwen2Model *model, const char *name, const void *data,
+                                              const size_t *shape, size_t ndim, LlaisysDataType dtype, size_t begin,
+                                              size_t end);
 /* Whether q_proj, k_proj and v_proj have biases (they do, as in Qwen2, unless 0 is said here before loading). */
 LLAISYS_API int32_t llaisysQwen2ModelSetAttentionBias(LlaisysQwen2Model *model, int32_t has_bias);
 

@@ -103,13 +103,14 @@ class TorchKind:
             # A tensor without strides (sparse) raises here; one of another device must not share a plan.
             return x.shape, x.stride(), x.dtype, x.is_cpu, x.is_neg() or x.is_conj()
         except RuntimeError:
-            return x.shape, x.dtype, x.layout
+            return x.dtype, x.layout, x.is_nested
 
     def layout(self, x: Any, label: str) -> Layout:
         if x.device.type != "cpu":
             raise UnsupportedError(f"{label}: expected a tensor on the CPU, found one on {x.device}")
-        if str(x.layout) != "torch.strided":
-            raise StrideError(f"{label}: expected a dense tensor, found layout {x.layout}")
+        if str(x.layout) != "torch.strided" or x.is_nested:
+            found = "a nested one" if x.is_nested else f"layout {x.layout}"
+            raise StrideError(f"{label}: expected a dense tensor, found {found}")
         dtype = DataType.of_torch(x.dtype)
         if dtype is None:
             raise DTypeError(f"{label}: expected an element type of llaisys, found {x.dtype}")
@@ -117,7 +118,10 @@ class TorchKind:
         return Layout(shape, _strides(shape, x.stride(), 1), dtype, usable=not (x.is_neg() or x.is_conj()))
 
     def address(self, x: Any) -> int:
-        return x.data_ptr()
+        try:
+            return x.data_ptr()
+        except RuntimeError:  # inside of torch.func.vmap, for one
+            raise UnsupportedError(f"expected tensors with memory, found a torch tensor without: {x!r}") from None
 
     def output_address(self, x: Any) -> int:
         if x.requires_grad and sys.modules["torch"].is_grad_enabled():

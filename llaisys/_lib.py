@@ -90,6 +90,10 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llaisysQwen2ModelCreate": (c_void_p, (POINTER(LlaisysQwen2Meta), c_int, POINTER(c_int), c_int)),
     "llaisysQwen2ModelDestroy": (c_int32, (c_void_p,)),
     "llaisysQwen2ModelLoadTensor": (c_int32, (c_void_p, c_char_p, c_void_p, POINTER(c_size_t), c_size_t, c_int)),
+    "llaisysQwen2ModelLoadRows": (
+        c_int32,
+        (c_void_p, c_char_p, c_void_p, POINTER(c_size_t), c_size_t, c_int, c_size_t, c_size_t),
+    ),
     "llaisysQwen2ModelSetAttentionBias": (c_int32, (c_void_p, c_int32)),
     "llaisysQwen2ModelReset": (c_int32, (c_void_p,)),
     "llaisysQwen2ModelInfer": (c_int64, (c_void_p, POINTER(c_int64), c_size_t)),
@@ -326,6 +330,17 @@ def set_num_threads(count: int) -> None:
 def num_threads() -> int:
     """Threads that operators use: LLAISYS_NUM_THREADS, else the physical cores that this process may use."""
     return check_call(library().llaisysNumThreads())
+
+
+def measure_roof(roof: str, seconds: float) -> float:
+    """What the machine does per second at best on the threads in use; see llaisysMeasureRoof in llaisys.h.
+
+    UnsupportedError if this machine lacks it, InvalidArgumentError if there is no such roof or `seconds` is not in 0 to
+    60.
+    """
+    result = c_double()
+    check_call(library().llaisysMeasureRoof(roof.encode(), seconds, ctypes.byref(result)))
+    return result.value
 
 
 def _tier(name: str) -> bytes:

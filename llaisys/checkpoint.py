@@ -12,7 +12,8 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,14 @@ class Checkpoint:
         """The shape of a weight. KeyError if there is no such name."""
         return self._tensors[name].shape
 
+    def numpy_dtype_of(self, name: str) -> np.dtype[Any]:
+        """float32, float16 or ml_dtypes.bfloat16. KeyError if there is no such name."""
+        return _DTYPES[self._tensors[name].dtype][1]
+
+    def row_bytes_of(self, name: str) -> int:
+        """Bytes of one row of the first axis. KeyError if there is no such name."""
+        return self._tensors[name].nbytes // self._tensors[name].shape[0]
+
     def tensor(self, name: str) -> npt.NDArray[Any]:
         """One weight as a new array of float32, float16 or ml_dtypes.bfloat16. KeyError if there is no such name."""
         return self.rows(name, 0, self.shape_of(name)[0])
@@ -146,14 +155,28 @@ class Checkpoint:
         tensor = self._tensors[name]
         if not 0 <= start <= stop <= tensor.shape[0]:
             raise IndexError(f"{name}: expected rows within [0, {tensor.shape[0]}], found [{start}, {stop})")
-        row = tensor.nbytes // tensor.shape[0]
         try:
-            array = np.empty((stop - start, *tensor.shape[1:]), _DTYPES[tensor.dtype][1])
+            array = np.empty((stop - start, *tensor.shape[1:]), self.numpy_dtype_of(name))
         except MemoryError:
-            raise OutOfMemoryError(f"{name}: expected {(stop - start) * row} bytes of memory, found less") from None
-        with _reopen(self.folder, tensor) as file:
-            file.read_at(tensor.offset + start * row, array.reshape(-1).view(np.uint8).data)
+            nbytes = (stop - start) * self.row_bytes_of(name)
+            raise OutOfMemoryError(f"{name}: expected {nbytes} bytes of memory, found less") from None
+        with self.reader(name) as read:
+            read(start, array)
         return array
+
+    @contextmanager
+    def reader(self, name: str) -> Iterator[Callable[[int, npt.NDArray[Any]], None]]:
+        """A function that fills a contiguous array with the rows of a weight from the given one on.
+
+        For one thread at a time; others have a reader of their own.
+        """
+        tensor, row = self._tensors[name], self.row_bytes_of(name)
+        with _reopen(self.folder, tensor) as file:
+
+            def read(start: int, array: npt.NDArray[Any]) -> None:
+                file.read_at(tensor.offset + start * row, array.reshape(-1).view(np.uint8).data)
+
+            yield read
 
     def tensors(self) -> Iterator[tuple[str, npt.NDArray[Any]]]:
         """(name, array) of every weight, one at a time and the largest first.

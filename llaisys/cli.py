@@ -7,10 +7,14 @@ from typing import Annotated
 
 import typer
 
+from .commands.bench import bench
+from .commands.check import check
 from .commands.common import Options
+from .commands.diff import diff, trace_diff
 from .commands.doctor import doctor
 from .commands.generate import generate
 from .commands.selftest import selftest
+from .commands.replay import replay
 
 __all__ = ["app", "main"]
 
@@ -80,8 +84,13 @@ def _root(
 
 
 app.command()(generate)
+app.command()(diff)
+app.command(name="trace-diff")(trace_diff)
 app.command()(doctor)
 app.command()(selftest)
+app.command()(check)
+app.command()(replay)
+app.command()(bench)
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ def _machine(report: Report) -> dict[str, Any]:
 
     memory = _memory()
     facts: dict[str, Any] = {
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "architecture": platform.machine(),
         "isas": None,
         "isa": None,
@@ -233,7 +233,8 @@ def _read(path: str) -> str:
         return ""
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The name of the processor."""
     found = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
     return found[1].strip() if found else platform.processor() or "unknown"
 
@@ -298,6 +299,11 @@ def render(report: Report) -> None:
             table.add_row(name, Text(value))
         console.print(Text(title, style="bold"))
         console.print(table)
+        console.print()
+    if "roofs" in report.sections:
+        from .bench.report import roof_figures
+
+        console.print(roof_figures(report.sections["roofs"], report.sections["threads"]["in_use"]).rich())
         console.print()
     findings = Table.grid(padding=(0, 2, 0, 0))
     findings.add_column(no_wrap=True)

@@ -1,8 +1,8 @@
 """The exceptions of llaisys.
 
-One class for each error status of the C ABI, and two that only Python raises (`LibraryError`, `CheckpointError`). Each
-is a `LlaisysError` and also the builtin that a Python programmer expects in its place: `except ValueError` works. Every
-message names what is wrong, what was expected and what was found.
+One class for each error status of the C ABI, and three that only Python raises (`LibraryError`, `CheckpointError`,
+`CaseError`). Each is a `LlaisysError` and also the builtin that a Python programmer expects in its place: `except
+ValueError` works. Every message names what is wrong, what was expected and what was found.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 __all__ = [
     "AliasError",
+    "CaseError",
     "CheckpointError",
     "DTypeError",
     "HandleError",
@@ -129,6 +130,14 @@ class CheckpointError(LlaisysError, ValueError):
 
 def _checkpoint_error(file: str, field: str, expected: Any, found: Any) -> CheckpointError:
     return CheckpointError(file=file, field=field, expected=expected, found=found)
+
+
+class CaseError(LlaisysError, ValueError):
+    """A captured operator call is refused. `file`, `field`, `expected` and `found` say why."""
+
+    def __init__(self, *, file: Any, field: str, expected: Any, found: Any) -> None:
+        super().__init__(f"{file}: {field}: expected {expected}, found {found}")
+        self.file, self.field, self.expected, self.found = str(file), field, expected, found
 
 
 _BY_STATUS: dict[int, type[LlaisysError]] = {cls.status: cls for cls in LlaisysError.__subclasses__() if cls.status}

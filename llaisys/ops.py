@@ -222,6 +222,8 @@ class _Operator:
                     (ctypes.c_float if scalar.dtype == "f32" else ctypes.c_int64)(value)
                 except TypeError:
                     return DTypeError(f"{self.name}: {scalar.name}: expected a number, found {type(value).__name__}")
+                except OverflowError:
+                    return InvalidArgumentError(f"{self.name}: {scalar.name}: expected a number that fits, found more")
             return error
         # A refused output: say which.
         for arg, x in zip(self.outputs, tensors, strict=False):

@@ -104,11 +104,20 @@ class ErrorCase:
 
 @dataclass(frozen=True)
 class Probe:
-    """A valid call with telling values (ties, NaN, infinities, heavy tails): a case whose inputs `change` replaces."""
+    """A valid call with telling values (ties, NaN, infinities, heavy tails): a case whose inputs `change` replaces.
+
+    `exact`: whatever f32 computes before the final rounding is exact, so that the result is y rounded, bit for bit.
+    """
 
     title: str
     dims: Dims
     change: Callable[[dict[str, Any]], dict[str, Any]]
+    exact: bool = False
+
+    @property
+    def label(self) -> str:
+        """As `calls` names the case."""
+        return self.title.replace(" ", "-")
 
 
 @dataclass(frozen=True)
@@ -151,7 +160,8 @@ class Spec:
     `twin(*inputs, *scalars)` takes the inputs in the order of `args` (without the outputs) and returns the output, or a
     named tuple of the outputs in the order of `args`. `oracle` takes the same and returns one `Oracle` per output,
     computed in f64 by another formulation than the twin's; `screen` spares it work. `inputs(spec, rng, dims, dtype)`
-    makes realistic inputs and scalars. `bytes(dims, itemsize)` replaces the default of `traffic`.
+    makes realistic inputs and scalars. `shared`: sizes of a call that several threads share. `bytes(dims, itemsize)`
+    replaces the default of `traffic`.
     """
 
     name: str
@@ -169,6 +179,7 @@ class Spec:
     inputs: Callable[[Spec, np.random.Generator, Dims, np.dtype[Any]], dict[str, Any]] = random_inputs
     cases: tuple[Dims, ...] = ()
     probes: tuple[Probe, ...] = ()
+    shared: Dims = field(default_factory=dict)
     errors: tuple[ErrorCase, ...] = ()
     bench: tuple[BenchCase, ...] = ()
     flops: Callable[[Dims], int] = field(default=lambda dims: 0)
@@ -268,7 +279,7 @@ def calls(spec: Spec, dtype: str) -> Iterator[tuple[str, Dims, dict[str, Any]]]:
         if optional:
             yield f"{label}-without-{'-'.join(optional)}", dims, {**values, **optional}
     for probe in spec.probes:
-        values = make(label := probe.title.replace(" ", "-"), probe.dims)
+        values = make(label := probe.label, probe.dims)
         yield label, probe.dims, {**values, **probe.change(values)}
 
 
@@ -279,15 +290,20 @@ QWEN2_SIZES: dict[str, dict[str, int]] = {
 }
 
 
-def qwen2_bench(shapes: Callable[[dict[str, int]], Mapping[str, Dims]]) -> tuple[BenchCase, ...]:
+def qwen2_bench(
+    shapes: Callable[[dict[str, int]], Mapping[str, Dims]],
+    more: tuple[tuple[Literal["decode", "prefill"], int, int], ...] = (),
+) -> tuple[BenchCase, ...]:
     """Bench cases of both model sizes, decode (T = 1) and prefill (T = 512), each with S = 512.
 
-    `shapes` maps the sizes to the dims of each use of the operator, by a short name of the use.
+    `shapes` maps the sizes to the dims of each use of the operator, by a short name of the use. `more` has further
+    phases, T and S, for the larger model; the titles of these cases end with S.
     """
-    phases: tuple[tuple[Literal["decode", "prefill"], int], ...] = (("decode", 1), ("prefill", 512))
+    phases: tuple[tuple[Literal["decode", "prefill"], int, int], ...] = (("decode", 1, 512), ("prefill", 512, 512))
     return tuple(
-        BenchCase(f"{model} {use} {phase}", dims, phase, model)
-        for model, sizes in QWEN2_SIZES.items()
-        for phase, tokens in phases
-        for use, dims in shapes({**sizes, "T": tokens, "S": 512}).items()
+        BenchCase(f"{model} {use} {phase}{end}", dims, phase, model)
+        for model, wanted, numbered in (*((model, phases, False) for model in QWEN2_SIZES), ("1.5B", more, True))
+        for phase, tokens, keys in wanted
+        for end in (f" {keys}" if numbered else "",)
+        for use, dims in shapes({**QWEN2_SIZES[model], "T": tokens, "S": keys}).items()
     )

@@ -53,11 +53,10 @@ def need(tier: str) -> None:
 
 
 class OperatorTests:
-    """`name`: the operator. `big`: sizes that several threads share. `alike`: least share of elements that have the
-    twin's very bits, over all cases, by dtype: a rounding point in another place would change a third of them."""
+    """`name`: the operator. `alike`: least share of elements that have the twin's very bits, over all cases, by dtype:
+    a rounding point in another place would change a third of them."""
 
     name: ClassVar[str]
-    big: ClassVar[dict[str, Any]]
     alike: ClassVar[dict[str, float]] = {}
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
@@ -99,7 +98,7 @@ class OperatorTests:
     def test_threads(self, dtype: str, tier: str) -> None:
         """Sizes that are shared out to threads: right, and the same bits for any number of them."""
         need(tier)
-        case = case_of(self.name, dtype, tuple(self.big.items()))
+        case = case_of(self.name, dtype, tuple(self.spec.shared.items()))
         results: list[tuple[Array, ...]] = []
         for threads in THREADS:
             where = self.where(dtype, tier, case.label, f"{threads} threads")

@@ -167,6 +167,12 @@ def test_swiglu(shape: tuple[int, int], dtype: str, tolerance: float) -> None:
     check_equal(out_, answer.to(TORCH[dtype]), tolerance)
 
 
+def test_an_output_must_be_given() -> None:
+    a: Any = empty((2, 3), "f32")
+    with pytest.raises(llaisys.errors.InvalidArgumentError, match="output"):
+        llaisys.Ops.add(None, a, a)
+
+
 def test_tensor() -> None:
     """The course's test of loading, slicing, viewing and permuting a tensor."""
     values = torch.arange(60, dtype=torch.int64).reshape(3, 4, 5)
@@ -174,10 +180,15 @@ def test_tensor() -> None:
     tensor.load(values.data_ptr())
     assert tensor.is_contiguous()
     check_equal(tensor, values)
-    check_equal(tensor.view(6, 10), values.view(6, 10))
-    check_equal(tensor.permute(2, 0, 1), values.permute(2, 0, 1))
-    assert not tensor.permute(2, 0, 1).is_contiguous()
-    check_equal(tensor.slice(2, 1, 4), values[:, :, 1:4])
+    for ours, theirs in [
+        (tensor.view(6, 10), values.view(6, 10)),
+        (tensor.permute(2, 0, 1), values.permute(2, 0, 1)),
+        (tensor.slice(2, 1, 4), values[:, :, 1:4]),
+    ]:
+        assert ours.shape() == theirs.shape and ours.strides() == theirs.stride()
+        assert ours.is_contiguous() == theirs.is_contiguous()
+        check_equal(ours, theirs)
+        ours.debug()
 
 
 def test_runtime() -> None:

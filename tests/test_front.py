@@ -278,6 +278,10 @@ def test_torch_tensors_that_are_no_cpu_memory() -> None:
         ops.add(x, x, out=x.to("meta"))
     with pytest.raises(errors.StrideError, match=r"add: a: .*sparse"):
         ops.add(x.to_sparse(), x)
+    with pytest.raises(errors.StrideError, match=r"add: a: .*nested"):
+        ops.add(torch.nested.nested_tensor([x[0], x[1, :2]]), x)
+    with pytest.raises(errors.UnsupportedError, match=r"expected tensors with memory"):
+        torch.func.vmap(lambda row: ops.add(row, row))(x)
 
 
 def test_torch_is_not_imported() -> None:
@@ -373,6 +377,8 @@ def test_scalars() -> None:
     for wrong in ("1e-6", None, [1.0], 1j):
         with pytest.raises(errors.DTypeError, match=r"rms_norm: eps: expected a number, found"):
             ops.rms_norm(x, w, wrong)
+    with pytest.raises(errors.InvalidArgumentError, match=r"rms_norm: eps: expected a number that fits"):
+        ops.rms_norm(x, w, 10**400)
 
 
 def test_refusals_leave_operators_usable() -> None:

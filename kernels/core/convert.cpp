@@ -43,17 +43,26 @@ namespace llaisys {
 
 LLAISYS_KERNEL(convert, ConvertFn);
 
+static void convert_part(const ConvertArgs &args, ConvertFn *kernel, int64_t begin, int64_t end) {
+    const int64_t size = dtype_size(args.x_dtype);
+    if (args.out_dtype == args.x_dtype) // bit for bit, NaN payloads too
+        std::memcpy(args.out + begin * size, args.x + begin * size, size_t((end - begin) * size));
+    else
+        kernel(args, begin, end);
+}
+
 void convert_elements(void *out, int32_t out_dtype, const void *x, int32_t x_dtype, int64_t count) {
     const ConvertArgs args{static_cast<char *>(out), static_cast<const char *>(x), out_dtype, x_dtype};
-    const int64_t size = dtype_size(x_dtype);
     // Parts of bounded size, so that a long copy can be interrupted.
     const int64_t grain = std::min<int64_t>(grain_for(count, 32768), 1 << 22);
     parallel_for(count, grain, [&, kernel = convert_kernel.get()](int64_t begin, int64_t end) {
-        if (out_dtype == x_dtype) // bit for bit, NaN payloads too
-            std::memcpy(args.out + begin * size, args.x + begin * size, size_t((end - begin) * size));
-        else
-            kernel(args, begin, end);
+        convert_part(args, kernel, begin, end);
     });
+}
+
+void convert_elements_alone(void *out, int32_t out_dtype, const void *x, int32_t x_dtype, int64_t count) {
+    const ConvertArgs args{static_cast<char *>(out), static_cast<const char *>(x), out_dtype, x_dtype};
+    convert_part(args, convert_kernel.get(), 0, count);
 }
 
 } // namespace llaisys

@@ -1,6 +1,7 @@
 #include "memory.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -13,14 +14,33 @@ namespace llaisys {
 
 #if defined(__linux__)
 
-static constexpr size_t PAGE = 4096;
+static constexpr size_t PAGE = 4096, HUGE_PAGE = 2 << 20;
+
+static void *map(size_t bytes) {
+    void *p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) throw std::bad_alloc();
+    return p;
+}
+
+// A mapping that starts on a huge page, by giving back what a larger one has before and behind it.
+static void *map_huge(size_t bytes) {
+    if (bytes > SIZE_MAX - HUGE_PAGE) throw std::bad_alloc();
+    char *p = static_cast<char *>(map(bytes + HUGE_PAGE));
+    const size_t before = -reinterpret_cast<uintptr_t>(p) % HUGE_PAGE;
+    if (before > 0) munmap(p, before);
+    munmap(p + before + bytes, HUGE_PAGE - before);
+    return p + before;
+}
 
 void Memory::reserve(size_t bytes) {
     if (bytes <= size_) return;
-    bytes = (bytes + PAGE - 1) / PAGE * PAGE;
-    // mremap moves pages without copying them. The kernel itself aligns large mappings so that huge pages fit.
-    void *p = data_ ? mremap(data_, size_, bytes, MREMAP_MAYMOVE)
-                    : mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    const size_t page = pages_ == Pages::HUGE ? HUGE_PAGE : PAGE;
+    if (bytes > SIZE_MAX - page) throw std::bad_alloc();
+    bytes = (bytes + page - 1) / page * page;
+    // mremap moves pages without copying them, huge ones only if they stay aligned: what grows has small ones.
+    void *p = data_             ? mremap(data_, size_, bytes, MREMAP_MAYMOVE)
+        : pages_ == Pages::HUGE ? map_huge(bytes)
+                                : map(bytes);
     if (p == MAP_FAILED) throw std::bad_alloc();
     data_ = static_cast<char *>(p);
     size_ = bytes;

@@ -7,8 +7,9 @@ namespace llaisys {
 
 class Memory {
 public:
-    // Weights are read from end to end, where huge pages save a few percent. A cache grows from nothing, where they
-    // would make the first token of each layer cost 2 MiB.
+    // Weights are read from end to end, where huge pages save a few percent, and half of the time that the system takes
+    // to hand the memory out. A cache grows from nothing, where they would make the first token of each layer cost 2
+    // MiB.
     enum class Pages { HUGE, SMALL };
 
     explicit Memory(Pages pages = Pages::SMALL) : pages_(pages) {}

@@ -38,23 +38,23 @@ void check_view(const Argument &argument) {
         fail(LLAISYS_ERROR_SHAPE, "%s: expected 0 to %d axes, found %d", name, LLAISYS_MAX_DIMS, t->ndim);
     const int64_t size = dtype_size(t->dtype);
     if (size == 0) fail(LLAISYS_ERROR_DTYPE, "%s: %d is no element type", name, t->dtype);
-    // The elements, and the bytes from the first to the last of them, are counted in int64 everywhere.
-    int64_t count = 1, reach = size;
+    // The elements, and the bytes from the first to the last of them, are counted in int64 everywhere. That must hold
+    // of axes that are never stepped along too, as there is arithmetic with their sizes and strides.
+    int64_t count = size, reach = size;
     bool empty = false;
     for (int32_t i = 0; i < t->ndim; ++i) {
         if (t->shape[i] < 0)
             fail(LLAISYS_ERROR_SHAPE, "%s: axis %d has the negative size %lld", name, i, (long long)t->shape[i]);
         empty |= t->shape[i] == 0;
-    }
-    if (empty) return;
-    for (int32_t i = 0; i < t->ndim; ++i) {
+        const int64_t steps = std::max<int64_t>(t->shape[i], 1);
         int64_t span = 0;
-        if (__builtin_mul_overflow(count, t->shape[i], &count) || __builtin_mul_overflow(count, size, &span) ||
-            t->strides[i] == INT64_MIN || __builtin_mul_overflow(t->shape[i] - 1, std::abs(t->strides[i]), &span) ||
+        if (__builtin_mul_overflow(count, steps, &count) || t->strides[i] == INT64_MIN ||
+            __builtin_mul_overflow(steps, std::abs(t->strides[i]), &span) ||
             __builtin_mul_overflow(span, size, &span) || __builtin_add_overflow(reach, span, &reach))
             fail(LLAISYS_ERROR_SHAPE, "%s: shape %s with its strides is larger than the address space", name,
                  shape_text(*t).c_str());
     }
+    if (empty) return;
     if (!t->data) fail(LLAISYS_ERROR_INVALID_ARGUMENT, "%s: data is NULL", name);
 }
 

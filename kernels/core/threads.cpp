@@ -325,10 +325,12 @@ int64_t grain_for(int64_t count, int64_t least) {
 
 void *scratch(Slot slot, size_t bytes) {
     if (buffers.size[slot] < bytes) {
+        const size_t grown = buffers.size[slot] + buffers.size[slot] / 2;
         std::free(buffers.data[slot]);
         buffers.data[slot] = nullptr;
         buffers.size[slot] = 0;
-        const size_t rounded = (bytes + 4095) / 4096 * 4096;
+        // Half as much again at least: what grows with a sequence is not to be allocated anew every few tokens.
+        const size_t rounded = (std::max(bytes, grown) + 4095) / 4096 * 4096;
         buffers.data[slot] = std::aligned_alloc(64, rounded);
         if (!buffers.data[slot]) throw std::bad_alloc();
         buffers.size[slot] = rounded;

@@ -34,7 +34,6 @@ static inline uint32_t equal_mask(Vec a, Vec b) {
 }
 static inline uint32_t nan_mask(Vec a) { return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q))); }
 
-static inline Vec round_int(Vec x) { return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 static inline Vec scale2(Vec x, Vec n) {
     const __m256i bias = _mm256_set1_epi32(127), whole = _mm256_cvtps_epi32(n.v), half = _mm256_srai_epi32(whole, 1);
     const auto power = [&](__m256i k) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(k, bias), 23)); };

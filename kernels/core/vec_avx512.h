@@ -34,9 +34,6 @@ static inline float hmax(Vec a) {
 static inline uint32_t equal_mask(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
 static inline uint32_t nan_mask(Vec a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q); }
 
-static inline Vec round_int(Vec x) {
-    return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-}
 static inline Vec scale2(Vec x, Vec n) { return {_mm512_scalef_ps(x.v, n.v)}; }
 
 // The bf16 nearest to each lane in its upper half, and remains in the lower one; NaN as vec_scalar.h has it.

@@ -34,11 +34,7 @@ static inline uint32_t mask_of(i32x4 m) {
 static inline uint32_t equal_mask(Vec a, Vec b) { return mask_of(a.v == b.v); }
 static inline uint32_t nan_mask(Vec a) { return mask_of(a.v != a.v); }
 
-// Nearest integer, ties to even, for |x| < 2^22; and x 2^n for integers n in [-252, 254].
-static inline Vec round_int(Vec x) {
-    const f32x4 magic = set1(12582912.0f).v; // 1.5 * 2^23: adding it leaves no bits for a fraction
-    return {(x.v + magic) - magic};
-}
+// x 2^n for integers n in [-252, 254].
 static inline Vec scale2(Vec x, Vec n) {
     const i32x4 whole = __builtin_convertvector(n.v, i32x4), half = whole >> 1, rest = whole - half;
     return {x.v * (f32x4)((half + 127) << 23) * (f32x4)((rest + 127) << 23)};

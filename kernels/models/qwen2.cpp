@@ -79,8 +79,6 @@ const LlaisysQwen2Meta &checked(const LlaisysQwen2Meta &meta) {
 Model::Model(const LlaisysQwen2Meta &m) : meta(checked(m)), layers(m.nlayer) {
     const size_t q = m.nh * m.dh, kv = m.nkvh * m.dh;
     declare("model.embed_tokens.weight", embed, {m.voc, m.hs});
-    declare("model.norm.weight", norm, {m.hs});
-    declare("lm_head.weight", lm_head, {m.voc, m.hs});
     for (size_t i = 0; i < m.nlayer; ++i) {
         const std::string layer = "model.layers." + std::to_string(i) + ".";
         Layer &l = layers[i];
@@ -97,53 +95,89 @@ Model::Model(const LlaisysQwen2Meta &m) : meta(checked(m)), layers(m.nlayer) {
         declare(layer + "mlp.up_proj.weight", l.up, {m.di, m.hs});
         declare(layer + "mlp.down_proj.weight", l.down, {m.hs, m.di});
     }
+    declare("model.norm.weight", norm, {m.hs});
+    declare("lm_head.weight", lm_head, {m.voc, m.hs}); // last: its pages are never touched if it is tied
 }
 
 void Model::declare(const std::string &name, Weight &weight, std::initializer_list<size_t> shape) {
     weight.tensor = shape.size() == 1
         ? view(nullptr, meta.dtype, {int64_t(*shape.begin())})
         : view(nullptr, meta.dtype, {int64_t(shape.begin()[0]), int64_t(shape.begin()[1])});
+    weight.missing = weight.tensor.shape[0];
+    weight.offset = bytes_;
+    constexpr size_t ALIGN = 256;
+    const auto bytes = size_t(numel(weight.tensor) * dtype_size(meta.dtype));
+    if (__builtin_add_overflow(bytes_, (bytes + ALIGN - 1) / ALIGN * ALIGN, &bytes_)) bytes_ = SIZE_MAX;
     weights_.emplace(name, &weight);
 }
 
-bool Model::load(const char *name, const void *data, const size_t *shape, size_t ndim, int32_t dtype) {
-    if (!name || !data || !shape) fail(LLAISYS_ERROR_INVALID_ARGUMENT, "name, data and shape must not be NULL");
+// The weight that `source` is for, nullptr if there is none of that name.
+Weight *Model::check(const Source &source) {
+    const char *name = source.name;
+    if (!name || !source.data || !source.shape)
+        fail(LLAISYS_ERROR_INVALID_ARGUMENT, "name, data and shape must not be NULL");
     const auto found = weights_.find(name);
-    if (found == weights_.end()) return false;
-    Weight &weight = *found->second;
-    LlaisysTensor &t = weight.tensor;
-    bool same = ndim == size_t(t.ndim);
+    if (found == weights_.end()) return nullptr;
+    const LlaisysTensor &t = found->second->tensor;
+    if (source.ndim != size_t(t.ndim))
+        fail(LLAISYS_ERROR_SHAPE, "%s: expected shape %s, found %zu axes", name, shape_text(t).c_str(), source.ndim);
+    bool same = true;
     std::string text;
-    for (size_t i = 0; i < std::min<size_t>(ndim, LLAISYS_MAX_DIMS); ++i) {
-        same = same && shape[i] == size_t(t.shape[i]);
-        text += (i ? ", " : "") + std::to_string(shape[i]);
+    for (size_t i = 0; i < source.ndim; ++i) {
+        same = same && source.shape[i] == size_t(t.shape[i]);
+        text += (i ? ", " : "") + std::to_string(source.shape[i]);
     }
     if (!same)
-        fail(LLAISYS_ERROR_SHAPE, "%s: expected shape %s, found [%s] of %zu axes", name, shape_text(t).c_str(),
-             text.c_str(), ndim);
-    if (dtype != LLAISYS_DTYPE_F32 && dtype != LLAISYS_DTYPE_F16 && dtype != LLAISYS_DTYPE_BF16)
-        fail(LLAISYS_ERROR_DTYPE, "%s: expected f32, f16 or bf16, found %s", name, dtype_name(dtype));
+        fail(LLAISYS_ERROR_SHAPE, "%s: expected shape %s, found [%s]", name, shape_text(t).c_str(), text.c_str());
+    if (source.dtype != LLAISYS_DTYPE_F32 && source.dtype != LLAISYS_DTYPE_F16 && source.dtype != LLAISYS_DTYPE_BF16)
+        fail(LLAISYS_ERROR_DTYPE, "%s: expected f32, f16 or bf16, found %s", name, dtype_name(source.dtype));
+    if (source.begin > source.end || source.end > size_t(t.shape[0]))
+        fail(LLAISYS_ERROR_INVALID_ARGUMENT, "%s: expected rows within 0 to %lld, found %zu to %zu", name,
+             (long long)t.shape[0], source.begin, source.end);
+    return found->second;
+}
+
+// Notes that the calling thread copies these rows. Under the lock.
+void Model::take(Weight &weight, const char *name, Weight::Rows rows) {
     if (sealed_) fail(LLAISYS_ERROR_STATE, "%s: the model has run; its weights can not change any more", name);
     if (!attention_bias_ && std::strstr(name, "_proj.bias"))
         fail(LLAISYS_ERROR_STATE, "%s: the model was set to have no attention biases", name);
-    int expected = Weight::MISSING;
-    if (!weight.state.compare_exchange_strong(expected, Weight::LOADING))
-        fail(LLAISYS_ERROR_STATE, "%s: was loaded before", name);
+    for (const auto &other : weight.taken)
+        if (rows.begin < other.end && other.begin < rows.end) fail(LLAISYS_ERROR_STATE, "%s: was loaded before", name);
+    memory_.reserve(bytes_);
+    if (!weight.tensor.data) weight.tensor.data = memory_.data() + weight.offset;
+    weight.taken.push_back(rows);
+}
+
+bool Model::load(Source source) {
+    if (source.end == SIZE_MAX && source.ndim > 0 && source.shape) source.end = source.shape[0];
+    Weight *const weight = check(source);
+    if (!weight) return false;
+    if (source.begin == source.end) return true;
+    const LlaisysTensor &t = weight->tensor;
+    const Weight::Rows rows{int64_t(source.begin), int64_t(source.end)};
+    {
+        const std::lock_guard lock(mutex_);
+        take(*weight, source.name, rows);
+    }
     try {
-        weight.memory.reserve(size_t(numel(t) * dtype_size(t.dtype)));
-        t.data = weight.memory.data();
-        convert_elements(t.data, t.dtype, data, dtype, numel(t));
+        const auto convert = source.alone ? convert_elements_alone : convert_elements;
+        char *out = static_cast<char *>(t.data) + rows.begin * t.strides[0] * dtype_size(t.dtype);
+        convert(out, t.dtype, source.data, source.dtype, (rows.end - rows.begin) * t.strides[0]);
     } catch (...) {
-        weight.state = Weight::MISSING;
+        const std::lock_guard lock(mutex_);
+        std::erase_if(weight->taken, [&](const Weight::Rows &other) { return other.begin == rows.begin; });
         throw;
     }
-    weight.state = Weight::LOADED;
+    const std::lock_guard lock(mutex_);
+    weight->missing -= rows.end - rows.begin;
     return true;
 }
 
 void Model::set_attention_bias(bool has_bias) {
+    const std::lock_guard lock(mutex_);
     for (const auto &[name, weight] : weights_)
-        if (weight->state != Weight::MISSING)
+        if (!weight->taken.empty())
             fail(LLAISYS_ERROR_STATE, "expected a model without weights, found %s loaded", name.c_str());
     attention_bias_ = has_bias;
 }
@@ -158,7 +192,7 @@ void Model::seal() {
     std::string first;
     size_t missing = 0;
     for (const auto &[name, weight] : weights_) {
-        if (weight->state == Weight::LOADED || optional(name)) continue;
+        if (weight->loaded() || (weight->taken.empty() && optional(name))) continue;
         if (missing++ == 0 || name < first) first = name;
     }
     if (missing > 0)

@@ -14,13 +14,18 @@
 namespace llaisys {
 
 struct Weight {
-    enum State : int { MISSING, LOADING, LOADED };
+    // Rows of the first axis that are there, or that a thread is just copying.
+    struct Rows {
+        int64_t begin, end;
+    };
 
     LlaisysTensor tensor{};
-    Memory memory{Memory::Pages::HUGE};
-    std::atomic<int> state{MISSING};
+    size_t offset = 0; // into the memory of all weights
+    std::vector<Rows> taken;
+    int64_t missing = 0; // rows
 
-    const LlaisysTensor *get() const { return state == LOADED ? &tensor : nullptr; }
+    bool loaded() const { return missing == 0; }
+    const LlaisysTensor *get() const { return loaded() ? &tensor : nullptr; }
 };
 
 struct Layer {
@@ -33,8 +38,19 @@ class Model {
 public:
     explicit Model(const LlaisysQwen2Meta &meta);
 
+    // What llaisysQwen2ModelLoadRows takes; `end` SIZE_MAX stands for the last row. `alone`: on the calling thread
+    // only.
+    struct Source {
+        const char *name;
+        const void *data;
+        const size_t *shape;
+        size_t ndim;
+        int32_t dtype;
+        size_t begin, end;
+        bool alone;
+    };
     // False if the model knows no such name.
-    bool load(const char *name, const void *data, const size_t *shape, size_t ndim, int32_t dtype);
+    bool load(Source source);
     void set_attention_bias(bool has_bias);
     // Throws STATE if a weight is missing; no weight can be loaded afterwards.
     void seal();
@@ -53,9 +69,14 @@ public:
 
 private:
     void declare(const std::string &name, Weight &weight, std::initializer_list<size_t> shape);
+    Weight *check(const Source &source);
+    void take(Weight &weight, const char *name, Weight::Rows rows);
     bool optional(const std::string &name) const;
 
     std::unordered_map<std::string, Weight *> weights_;
+    // One block for all, in the order in which they are used: huge pages then cover everything.
+    Memory memory_{Memory::Pages::HUGE};
+    size_t bytes_ = 0; // of memory_, SIZE_MAX if they are too many to count
     bool attention_bias_ = true;
     std::atomic<bool> sealed_{false};
     std::mutex mutex_;

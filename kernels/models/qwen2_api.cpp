@@ -18,17 +18,25 @@ struct OpenSession {
 
 // Never destroyed: a thread may still be inside a call when the process ends.
 Handles<Model> &models() {
-    static auto &table = *new Handles<Model>("Qwen2 model");
+    static auto &table = *new Handles<Model>("Qwen2 model", 0);
     return table;
 }
 Handles<OpenSession> &sessions() {
-    static auto &table = *new Handles<OpenSession>("Qwen2 session");
+    static auto &table = *new Handles<OpenSession>("Qwen2 session", 1);
     return table;
+}
+
+// Bounds a number of tokens, so that it fits the engine's int64.
+void check_count(const char *name, size_t count) {
+    const auto most = size_t(1) << 31;
+    if (count > most) fail(LLAISYS_ERROR_INVALID_ARGUMENT, "%s: expected at most %zu, found %zu", name, most, count);
 }
 
 int64_t infer(Model &model, const int64_t *tokens, size_t count) {
     const std::lock_guard lock(model.infer_mutex);
     if (!tokens || count == 0) fail(LLAISYS_ERROR_INVALID_ARGUMENT, "token_ids: expected at least one token");
+    check_count("ntoken", count);
+    model.seal();
     if (!model.infer_session) model.infer_session = std::make_unique<Session>(model);
     auto &known = model.infer_tokens;
     const auto shared = size_t(std::mismatch(known.begin(), known.end(), tokens, tokens + count).first - known.begin());
@@ -72,8 +80,18 @@ int32_t llaisysQwen2ModelDestroy(LlaisysQwen2Model *model) {
 int32_t llaisysQwen2ModelLoadTensor(LlaisysQwen2Model *model, const char *name, const void *data, const size_t *shape,
                                     size_t ndim, LlaisysDataType dtype) {
     bool taken = false;
-    const int32_t status =
-        guarded("Qwen2ModelLoadTensor", [&] { taken = models().get(model)->load(name, data, shape, ndim, dtype); });
+    const int32_t status = guarded("Qwen2ModelLoadTensor", [&] {
+        taken = models().get(model)->load({name, data, shape, ndim, dtype, 0, SIZE_MAX, false});
+    });
+    return status == LLAISYS_OK ? taken : status;
+}
+
+int32_t llaisysQwen2ModelLoadRows(LlaisysQwen2Model *model, const char *name, const void *data, const size_t *shape,
+                                  size_t ndim, LlaisysDataType dtype, size_t begin, size_t end) {
+    bool taken = false;
+    const int32_t status = guarded("Qwen2ModelLoadRows", [&] {
+        taken = models().get(model)->load({name, data, shape, ndim, dtype, begin, end, true});
+    });
     return status == LLAISYS_OK ? taken : status;
 }
 
@@ -118,10 +136,8 @@ int32_t llaisysQwen2SessionDestroy(LlaisysQwen2Session *session) {
 int32_t llaisysQwen2SessionForward(LlaisysQwen2Session *session, const int64_t *token_ids, size_t ntoken, float *logits,
                                    size_t nlogits) {
     return guarded("Qwen2SessionForward", [&] {
-        const auto most = size_t(1) << 31;
-        if (ntoken > most || nlogits > most)
-            fail(LLAISYS_ERROR_INVALID_ARGUMENT, "ntoken, nlogits: expected at most %zu, found %zu, %zu", most, ntoken,
-                 nlogits);
+        check_count("ntoken", ntoken);
+        check_count("nlogits", nlogits);
         sessions().get(session)->session.forward(token_ids, int64_t(ntoken), logits, int64_t(nlogits));
     });
 }

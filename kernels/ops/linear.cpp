@@ -36,16 +36,14 @@ using LinearFn = void(const LinearArgs &, int64_t first, int64_t last, int64_t b
 
 namespace LLAISYS_TIER {
 
+// Up to this many tiles of rows are multiplied by the weights where they lie, see few_rows.
+constexpr int64_t FEW_TILES = 6;
+
 // Of x: tiles of nearly the same number of rows. Tile t starts at row t * rows / tiles.
 static inline int64_t tiles_of(const LinearArgs &args) { return (args.rows + TILE_ROWS - 1) / TILE_ROWS; }
 static inline int64_t tile_row(const LinearArgs &args, int64_t tile) { return tile * args.rows / tiles_of(args); }
 
-// Columns and panel bytes of a row, from column `c` to the end of the block that starts there.
-template <class T>
-static inline int64_t block_columns(int64_t columns, int64_t c) {
-    return columns - c < BLOCK_COLUMNS<T> ? columns - c : BLOCK_COLUMNS<T>;
-}
-// Where the block of the panel that starts with column c begins, which is BLOCK_BYTES * n of a row.
+// Where the block of the panel that starts with column c begins, the first of a block.
 template <class T>
 static inline char *block_of(const LinearArgs &args, int64_t c) {
     return args.panel + panel_bytes<T>(c) * args.rows;
@@ -53,12 +51,13 @@ static inline char *block_of(const LinearArgs &args, int64_t c) {
 
 template <class T>
 static void pack(const LinearArgs &args, int64_t begin, int64_t end) {
+    const int64_t block = block_columns<T>(args.x.length);
     for (int64_t tile = begin; tile < end; ++tile) {
         const int64_t first = tile_row(args, tile), rows = tile_row(args, tile + 1) - first;
         for (int64_t m = 0; m < rows; ++m) {
             const T *row = (const T *)row_at(args.x, args.row + first + m);
-            for (int64_t c = 0; c < args.x.length; c += BLOCK_COLUMNS<T>) {
-                const int64_t columns = block_columns<T>(args.x.length, c);
+            for (int64_t c = 0; c < args.x.length; c += block) {
+                const int64_t columns = args.x.length - c < block ? args.x.length - c : block;
                 pack_row(block_of<T>(args, c) + first * panel_bytes<T>(columns) + m * REG, rows, row + c, columns);
             }
         }
@@ -68,24 +67,6 @@ static void pack(const LinearArgs &args, int64_t begin, int64_t end) {
 template <class T>
 static inline const T *weights(const LinearArgs &args, int64_t n) {
     return (const T *)row_at(args.weight, n);
-}
-
-// One tile of rows: N rows of the weights at a time, straight from memory. M is the number of rows.
-template <class T, int M>
-static void few_rows(const LinearArgs &args, float *sums, int64_t begin, int64_t end) {
-    constexpr int N = Vec::N == 16 ? 4 : M <= 2 ? 4 : M == 3 ? 3 : 2; // as many as there are registers for
-    int64_t n = begin;
-    const auto rows = [&]<int COUNT>() {
-        const T *w[COUNT], *next[COUNT];
-        for (int i = 0; i < COUNT; ++i) {
-            w[i] = weights<T>(args, n + i);
-            next[i] = weights<T>(args, n + COUNT + i < end ? n + COUNT + i : n + i);
-        }
-        memory_tile<T, M, COUNT>(sums + (n - begin), LINEAR_FEATURES, args.panel, w, next, args.x.length);
-        n += COUNT;
-    };
-    while (n + N <= end) rows.template operator()<N>();
-    while (n < end) rows.template operator()<1>();
 }
 
 // Calls `call` with `rows`, 1 to TILE_ROWS, as a constant.
@@ -103,38 +84,88 @@ static inline void with_rows(int64_t rows, Call call) {
     }
 }
 
-// Features of a block of packed weights: with few tiles of x, those of one tile, which stays in the first-level cache
-// while the tiles of x pass; with many, as many as there are, so that a tile of x stays there while they pass.
-static inline int64_t features_at_once(int64_t tiles) { return tiles <= 8 ? TILE_FEATURES : LINEAR_FEATURES; }
+// What lies this many bytes further in a row of weights is asked for while the row is read: the processor's own
+// prefetcher stops at the end of a page.
+constexpr int64_t AHEAD = 1024;
 
+// N rows of the weights, straight from memory. The first tile of x brings a block of them into the first-level cache,
+// where the others find it; while the second one is multiplied, the next block is asked for.
+template <class T, int N>
+static inline void few_features(const LinearArgs &args, float *sums, int64_t first, int64_t last, int64_t n,
+                                int64_t end) {
+    constexpr int64_t FAR = AHEAD / int64_t(sizeof(T));
+    const int64_t columns = args.x.length, block = block_columns<T>(columns);
+    const T *w[N], *next[N], *coming[N];
+    for (int i = 0; i < N; ++i) {
+        w[i] = weights<T>(args, n + i);
+        next[i] = weights<T>(args, n + N + i < end ? n + N + i : n + i);
+    }
+    for (int64_t c = 0; c < columns; c += block) {
+        const int64_t width = columns - c < block ? columns - c : block, bytes = panel_bytes<T>(width);
+        for (int i = 0; i < N; ++i) coming[i] = (c + width < columns ? w[i] + width : next[i]) + FAR;
+        for (int64_t tile = first; tile < last; ++tile) {
+            const int64_t row = tile_row(args, tile), rows = tile_row(args, tile + 1) - row;
+            const char *x = block_of<T>(args, c) + row * bytes;
+            float *out = sums + (row - tile_row(args, first)) * LINEAR_FEATURES;
+            const int64_t left = columns - c - FAR; // until FAR columns further is the next row
+            const int64_t turn = tile == first && left > 0 ? left : 0;
+            with_rows(rows, [&]<int M>() {
+                memory_tile<T, M, N>(out, LINEAR_FEATURES, x, w, width, c == 0,
+                                     tile == first           ? next
+                                         : tile == first + 1 ? coming
+                                                             : w,
+                                     FAR, turn);
+            });
+        }
+        for (const T *&p : w) p += width;
+    }
+}
+
+template <class T>
+static void few_rows(const LinearArgs &args, float *sums, int64_t first, int64_t last, int64_t begin, int64_t end) {
+    // As many as there are registers for.
+    constexpr int N = Vec::N == 16 ? 4 : 2;
+    int64_t n = begin;
+    for (; n + N <= end; n += N) few_features<T, N>(args, sums + (n - begin), first, last, n, end);
+    for (; n < end; ++n) few_features<T, 1>(args, sums + (n - begin), first, last, n, end);
+}
+
+// Packs the features [n, end), at most TILE_FEATURES, of the block of weights that starts with column c: what is
+// missing is zero.
+template <class T>
+static void pack_weights(const LinearArgs &args, char *to, int64_t n, int64_t end, int64_t c, int64_t width) {
+    for (int64_t j = 0; j < TILE_FEATURES; ++j, to += REG) {
+        if (n + j < end)
+            pack_row(to, TILE_FEATURES, weights<T>(args, n + j) + c, width);
+        else
+            for (int64_t at = 0; at < panel_bytes<T>(width); at += REG) memset(to + at * TILE_FEATURES, 0, REG);
+    }
+}
+
+// Many rows: a tile of x stays in the first-level cache while all weights of the block pass. Beside the first products
+// those of the next block are fetched, row after row.
 template <class T>
 static void many_rows(const LinearArgs &args, float *sums, char *packed, int64_t first, int64_t last, int64_t begin,
                       int64_t end) {
-    const int64_t columns = args.x.length, step = features_at_once(last - first);
-    for (int64_t n = begin; n < end; n += step)
-        for (int64_t c = 0; c < columns; c += BLOCK_COLUMNS<T>) {
-            const int64_t block = block_columns<T>(columns, c), bytes = panel_bytes<T>(block);
-            const int64_t until = end - n < step ? end : n + step;
-            for (int64_t i = n; i < until; i += TILE_FEATURES)
-                for (int64_t j = 0; j < TILE_FEATURES; ++j) {
-                    char *to = packed + (i - n) * bytes + j * REG;
-                    if (i + j < until)
-                        pack_row(to, TILE_FEATURES, weights<T>(args, i + j) + c, block);
-                    else
-                        for (int64_t at = 0; at < bytes; at += REG) memset(to + at * TILE_FEATURES, 0, REG);
+    const int64_t columns = args.x.length, block = block_columns<T>(columns);
+    for (int64_t c = 0; c < columns; c += block) {
+        const int64_t width = columns - c < block ? columns - c : block, bytes = panel_bytes<T>(width);
+        for (int64_t n = begin; n < end; n += TILE_FEATURES)
+            pack_weights<T>(args, packed + (n - begin) * bytes, n, end, c, width);
+        int64_t fetched = c + block < columns ? begin : end;
+        for (int64_t tile = first; tile < last; ++tile) {
+            const int64_t row = tile_row(args, tile), rows = tile_row(args, tile + 1) - row;
+            const char *x = block_of<T>(args, c) + row * bytes;
+            float *out = sums + (row - tile_row(args, first)) * LINEAR_FEATURES;
+            with_rows(rows, [&]<int M>() {
+                for (int64_t n = begin; n < end; n += TILE_FEATURES) {
+                    const void *ahead = fetched < end ? weights<T>(args, fetched++) + c + block : (const void *)x;
+                    panel_tile<T, M>(out + (n - begin), LINEAR_FEATURES, x, packed + (n - begin) * bytes, bytes, c == 0,
+                                     (const char *)ahead);
                 }
-            for (int64_t tile = first; tile < last; ++tile) {
-                const int64_t row = tile_row(args, tile), rows = tile_row(args, tile + 1) - row;
-                const char *x = block_of<T>(args, c) + row * bytes;
-                float *out = sums + (row - tile_row(args, first)) * LINEAR_FEATURES + (n - begin);
-                with_rows(rows, [&]<int M>() {
-                    for (int64_t i = 0; i < until - n; i += TILE_FEATURES) {
-                        const char *const ahead[2] = {x, x};
-                        panel_tile<T, M>(out + i, LINEAR_FEATURES, x, packed + i * bytes, bytes, c == 0, ahead);
-                    }
-                });
-            }
+            });
         }
+    }
 }
 
 template <class T>
@@ -156,7 +187,7 @@ LinearPlan linear_plan(const LinearArgs &args) {
         plan.panel_bytes = args.rows * panel_bytes<T>(args.x.length);
         plan.tiles = tiles_of(args);
         const int64_t sums = args.rows * LINEAR_FEATURES * int64_t(sizeof(float));
-        plan.work_bytes = sums + (plan.tiles > 1 ? features_at_once(plan.tiles) * BLOCK_BYTES : 0);
+        plan.work_bytes = sums + (plan.tiles <= FEW_TILES ? 0 : LINEAR_FEATURES * BLOCK_BYTES);
     });
     return plan;
 }
@@ -174,8 +205,8 @@ void linear(const LinearArgs &args, int64_t first, int64_t last, int64_t begin, 
         char *packed = work + rows * LINEAR_FEATURES * int64_t(sizeof(float));
         if (args.x.length == 0)
             memset(sums, 0, size_t(packed - work));
-        else if (tiles_of(args) == 1)
-            with_rows(rows, [&]<int M>() { few_rows<T, M>(args, sums, begin, end); });
+        else if (last - first <= FEW_TILES)
+            few_rows<T>(args, sums, first, last, begin, end);
         else
             many_rows<T>(args, sums, packed, first, last, begin, end);
         for (int64_t m = 0; m < rows; ++m)

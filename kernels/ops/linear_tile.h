@@ -68,9 +68,13 @@ template <class T>
 static inline int64_t panel_bytes(int64_t columns) {
     return units_of<T>(columns) * Product<T>::REGS * REG;
 }
-// Columns of a block.
+// Columns of the blocks of a row, but for the last one: the blocks are as even as can be.
 template <class T>
-constexpr int64_t BLOCK_COLUMNS = BLOCK_BYTES / (Product<T>::REGS * REG) * Product<T>::COLUMNS;
+static inline int64_t block_columns(int64_t columns) {
+    constexpr int64_t MOST = BLOCK_BYTES / (Product<T>::REGS * REG);
+    const int64_t units = units_of<T>(columns), blocks = (units + MOST - 1) / MOST;
+    return blocks < 2 ? units * Product<T>::COLUMNS : (units + blocks - 1) / blocks * Product<T>::COLUMNS;
+}
 
 // One row into a panel of `rows` rows.
 template <class T>
@@ -92,82 +96,81 @@ static inline void pack_row(char *panel, int64_t rows, const T *row, int64_t col
     }
 }
 
-static inline void add_sums(float *out, int64_t out_row, const float *sums, int64_t rows, int64_t features,
-                            bool first) {
-    for (int64_t m = 0; m < rows; ++m)
-        for (int64_t n = 0; n < features; ++n) {
-            const float sum = sums[m * features + n];
-            out[m * out_row + n] = first ? sum : out[m * out_row + n] + sum;
+template <class T, int M, int N>
+static inline void multiply(Vec (&sum)[M * N], const char *x, const typename Product<T>::Reg (&w)[N]) {
+    for (int m = 0; m < M; ++m) {
+        const typename Product<T>::Reg xv = Product<T>::get(x + m * REG);
+        for (int n = 0; n < N; ++n) sum[m * N + n] = Product<T>::add(xv, w[n], sum[m * N + n]);
+    }
+}
+
+template <int M, int N>
+static inline void add_sums(float *out, int64_t out_row, const Vec (&sum)[M * N], bool first) {
+    alignas(64) float sums[(M * N + Vec::N - 1) / Vec::N * Vec::N];
+    hsums<M * N>(sums, sum);
+    for (int m = 0; m < M; ++m)
+        for (int n = 0; n < N; ++n) {
+            float &to = out[m * out_row + n];
+            to = first ? sums[m * N + n] : to + sums[m * N + n];
         }
 }
 
 // out[m, n] (+)= x[m, :] . w[n, :] over one block of `bytes` of each row, from a panel of M rows and one of
-// TILE_FEATURES. On the way the lines at `ahead`, which are needed next, are asked for: `bytes` each.
+// TILE_FEATURES. As much from `ahead` on, which is packed next, is asked for on the way.
 template <class T, int M>
 static inline void panel_tile(float *out, int64_t out_row, const char *x, const char *w, int64_t bytes, bool first,
-                              const char *const (&ahead)[2]) {
-    using P = Product<T>;
+                              const char *ahead) {
     constexpr int N = TILE_FEATURES;
     Vec sum[M * N];
     for (Vec &s : sum) s = zero();
-    for (int64_t at = 0; at < bytes; at += REG) {
-        typename P::Reg wv[N];
-        for (int n = 0; n < N; ++n) wv[n] = P::get(w + n * REG);
-        __builtin_prefetch(ahead[0] + at);
-        __builtin_prefetch(ahead[1] + at);
-        for (int m = 0; m < M; ++m) {
-            const typename P::Reg xv = P::get(x + m * REG);
-            for (int n = 0; n < N; ++n) sum[m * N + n] = P::add(xv, wv[n], sum[m * N + n]);
-        }
-        x += M * REG;
-        w += N * REG;
+    for (const char *const end = x + M * bytes; x != end; x += M * REG, w += N * REG, ahead += REG) {
+        typename Product<T>::Reg wv[N];
+        __builtin_prefetch(ahead);
+        for (int n = 0; n < N; ++n) wv[n] = Product<T>::get(w + n * REG);
+        multiply<T, M, N>(sum, x, wv);
     }
-    alignas(64) float sums[(M * N + Vec::N - 1) / Vec::N * Vec::N];
-    hsums<M * N>(sums, sum);
-    add_sums(out, out_row, sums, M, N, first);
+    add_sums<M, N>(out, out_row, sum, first);
 }
 
-// The same from a panel of M rows and N rows of the weights as they lie in memory, over all columns. Of each row of
-// weights what lies `AHEAD` bytes further is asked for, and at the end of the row the start of its successor, `next`.
+// The same from a panel of M rows and N rows of the weights as they lie in memory, of which `columns` are multiplied.
+// While they are read, what lies `far` columns further in each row is asked for, up to column `turn`, and from there on
+// what is needed after it, at `next`.
 template <class T, int M, int N>
-static inline void memory_tile(float *out, int64_t out_row, const char *x, const T *const (&w)[N],
-                               const T *const (&next)[N], int64_t columns) {
+static inline void memory_tile(float *out, int64_t out_row, const char *x, const T *const (&w)[N], int64_t columns,
+                               bool first, const T *const (&next)[N], int64_t far, int64_t turn) {
     using P = Product<T>;
-    constexpr int64_t AHEAD = 1024 / int64_t(sizeof(T));
-    const int64_t turn = columns > AHEAD ? columns - AHEAD : 0; // where the lines ahead are those of the successor
-    for (int64_t block = 0; block < columns; block += BLOCK_COLUMNS<T>) {
-        const int64_t end = columns - block < BLOCK_COLUMNS<T> ? columns : block + BLOCK_COLUMNS<T>;
-        Vec sum[M * N];
-        for (Vec &s : sum) s = zero();
-        typename P::Reg wv[N][P::REGS];
-        const auto step = [&] {
-            for (int i = 0; i < P::REGS; ++i, x += M * REG)
-                for (int m = 0; m < M; ++m) {
-                    const typename P::Reg xv = P::get(x + m * REG);
-                    for (int n = 0; n < N; ++n) sum[m * N + n] = P::add(xv, wv[n][i], sum[m * N + n]);
-                }
-        };
-        int64_t c = block;
-        const auto run = [&](int64_t until, const T *const(&ahead)[N], int64_t shift) {
-            for (; c + P::COLUMNS <= until; c += P::COLUMNS) {
-                for (int n = 0; n < N; ++n) {
-                    P::unit(wv[n], w[n] + c);
-                    for (int64_t line = 0; line < P::COLUMNS; line += 64 / int64_t(sizeof(T)))
-                        __builtin_prefetch(ahead[n] + c + shift + line);
-                }
-                step();
+    Vec sum[M * N];
+    for (Vec &s : sum) s = zero();
+    typename P::Reg wv[P::REGS][N];
+    const auto step = [&] {
+        for (int i = 0; i < P::REGS; ++i, x += M * REG) multiply<T, M, N>(sum, x, wv[i]);
+    };
+    const auto keep = [&](int n, const typename P::Reg(&r)[P::REGS]) {
+        for (int i = 0; i < P::REGS; ++i) wv[i][n] = r[i];
+    };
+    typename P::Reg r[P::REGS];
+    int64_t c = 0;
+    const auto run = [&](int64_t until, const T *const(&ahead)[N], int64_t shift) {
+        for (; c + P::COLUMNS <= until; c += P::COLUMNS) {
+            for (int n = 0; n < N; ++n) {
+                P::unit(r, w[n] + c);
+                keep(n, r);
+                for (int64_t line = 0; line < P::COLUMNS; line += 64 / int64_t(sizeof(T)))
+                    __builtin_prefetch(ahead[n] + c + shift + line);
             }
-        };
-        run(end < turn ? end : turn, w, AHEAD);
-        run(end, next, -turn);
-        if (c < end) {
-            for (int n = 0; n < N; ++n) P::unit(wv[n], w[n] + c, end - c);
             step();
         }
-        alignas(64) float sums[(M * N + Vec::N - 1) / Vec::N * Vec::N];
-        hsums<M * N>(sums, sum);
-        add_sums(out, out_row, sums, M, N, block == 0);
+    };
+    run(columns < turn ? columns : turn, w, far);
+    run(columns, next, -turn);
+    if (c < columns) {
+        for (int n = 0; n < N; ++n) {
+            P::unit(r, w[n] + c, columns - c);
+            keep(n, r);
+        }
+        step();
     }
+    add_sums<M, N>(out, out_row, sum, first);
 }
 
 } // namespace llaisys::LLAISYS_TIER

@@ -8,6 +8,10 @@
 #include "attention_tile.h"
 #include "rope.h"
 
+#if defined(__AVX512BF16__)
+#include "attention_bf16.h"
+#endif
+
 namespace llaisys {
 
 constexpr int64_t KEYS = 128;
@@ -48,10 +52,11 @@ static inline int64_t state_floats(const AttentionArgs &args, int64_t rows) {
 AttentionPartialFn attention_partial;
 int64_t attention_partial(const AttentionArgs &args) { return state_floats(args, args.tokens * group_of(args)); }
 
-// How the scratch memory of a tile is laid out.
+// How the scratch memory of a tile is laid out. There is room for 15 rows more, as tiles of 16 start at any row.
 struct Work {
-    float *queries; // [rows, D]
+    float *queries; // [rows, depth of D] of the dtype's Factor
     float *scores;  // [rows, KEYS]
+    float *weights; // [rows, KEYS] of the dtype's Factor; the scores themselves where that is f32
     float *panel;   // [D, PANEL] of keys or [KEYS, PANEL] of values
     float *rotated; // [D] of the storage dtype
     float *block;   // m, l [rows] of a block
@@ -60,11 +65,12 @@ struct Work {
     float *end;
 };
 static inline Work layout(const AttentionArgs &args, int64_t rows, float *base) {
-    const int64_t d = (args.head_dim + PAIR - 1) / PAIR * PAIR;
+    const int64_t d = (args.head_dim + PAIR - 1) / PAIR * PAIR, padded = (rows + 30) / 16 * 16;
     Work w;
     w.queries = base;
-    w.scores = w.queries + rows * d;
-    w.panel = w.scores + rows * KEYS;
+    w.scores = w.queries + padded * d;
+    w.weights = w.scores + padded * KEYS;
+    w.panel = w.weights + padded * KEYS / 2;
     w.rotated = w.panel + (d > KEYS ? d : KEYS) * PANEL;
     w.block = w.rotated + d;
     w.factors = w.block + 2 * whole_vectors(rows);
@@ -81,6 +87,7 @@ int64_t attention_work(const AttentionArgs &args, int64_t tokens) {
 
 template <class T>
 static void load_queries(const AttentionArgs &args, const Work &w, const Tile &tile) {
+    using Factor = typename AttentionMath<T>::Factor;
     const int64_t group = group_of(args), d = args.head_dim;
     for (int64_t r = 0; r < tile.rows; ++r) {
         const int64_t t = tile.begin + r / group, h = tile.kv_head * group + r % group;
@@ -89,16 +96,15 @@ static void load_queries(const AttentionArgs &args, const Work &w, const Tile &t
             rope_row((T *)w.rotated, q, (const T *)args.table + t * d, d / 2);
             q = (const T *)w.rotated;
         }
-        float *to = w.queries + r * d;
-        int64_t c = 0;
-        for (; c + Vec::N <= d; c += Vec::N) store(to + c, load(q + c));
-        if (c < d) store(to + c, load(q + c, d - c), d - c);
+        AttentionMath<T>::query((Factor *)w.queries + r * AttentionMath<T>::depth(d), q, d);
     }
 }
 
-// Turns the first n scores of a row into exponentials. Scores that are all -infinity give m = -infinity and l = 0,
-// which merging passes over; a NaN goes into l and from there into the result.
-static inline void softmax_row(float *scores, int64_t n, Vec scale, float *m, float *l) {
+// Turns the first n scores of a row into weights, their exponentials. Scores that are all -infinity give m = -infinity
+// and l = 0, which merging passes over; a NaN goes into l and from there into the result.
+template <class T>
+static inline void softmax_row(typename AttentionMath<T>::Factor *weights, const float *scores, int64_t n, Vec scale,
+                               float *m, float *l) {
     const float lowest = -__builtin_inff();
     const int64_t whole = n / Vec::N * Vec::N;
     Vec best = set1(lowest), tail = set1(lowest);
@@ -115,12 +121,12 @@ static inline void softmax_row(float *scores, int64_t n, Vec scale, float *m, fl
     Vec sum = zero();
     for (int64_t j = 0; j < whole; j += Vec::N) {
         const Vec e = exp(load(scores + j) * scale - shift);
-        store(scores + j, e);
+        AttentionMath<T>::weight(weights + j, e);
         sum = sum + e;
     }
     if (whole < n) {
         const Vec e = exp(tail - shift);
-        store(scores + whole, e, n - whole);
+        AttentionMath<T>::weight(weights + whole, e); // zeros behind n
         sum = sum + e;
     }
     *l = hsum(sum);
@@ -167,38 +173,25 @@ static inline int64_t limit(const AttentionArgs &args, const Tile &tile, const B
 // Scores of the rows against the keys of a block, not scaled yet; of rows that see a key of a panel only.
 template <class T>
 static void score_block(const AttentionArgs &args, const Work &w, const Tile &tile, const Block &block) {
+    using Math = AttentionMath<T>;
     const int64_t d = args.head_dim;
     for (int64_t j = 0, r = 0; j < block.count; j += PANEL) {
         const int64_t count = block.count - j < PANEL ? block.count - j : PANEL;
-        transpose_keys<T>(w.panel, block.k + j * args.k_token, args.k_token, count, d);
+        Math::keys(w.panel, block.k + j * args.k_token, args.k_token, count, d);
         while (limit(args, tile, block, r) <= j) ++r;
-        const int64_t vectors = whole_vectors(count) / Vec::N;
         for (int64_t i = r, n; i < tile.rows; i += n) {
-            n = tile_rows(tile.rows - i);
-            product<float>(w.scores + i * KEYS + j, KEYS, w.queries + i * d, d, n, (const char *)w.panel,
-                           PANEL * int64_t(sizeof(float)), vectors, 0, d);
+            n = Math::rows(tile.rows - i);
+            const int64_t seen = limit(args, tile, block, i + n - 1) - j; // by the last of them
+            Math::score(w.scores + i * KEYS + j, KEYS, (const typename Math::Factor *)w.queries + i * Math::depth(d), n,
+                        w.panel, whole_vectors(seen < count ? seen : count) / Vec::N, d);
         }
     }
-}
-
-// Columns [begin, begin + vectors * N) of the weighted sums of rows [r, r + n): the values of keys seen by all of them
-// together, then those that only some of them see. Each row stops at its own last key, also where it shares a tile: a
-// weight of 0 would not keep a NaN or an infinity of a key that lies in its future out.
-template <class T>
-static inline void weigh(const AttentionArgs &args, const Work &w, const Tile &tile, const Block &block, int64_t r,
-                         int64_t n, float *out, int64_t out_row, const char *values, int64_t value_bytes,
-                         int64_t vectors) {
-    const int64_t common = limit(args, tile, block, r);
-    product<T>(out, out_row, w.scores + r * KEYS, KEYS, n, values, value_bytes, vectors, 0, common);
-    for (int64_t i = 1; i < n; ++i)
-        if (const int64_t own = limit(args, tile, block, r + i); own > common)
-            product<T>(out + i * out_row, out_row, w.scores + (r + i) * KEYS, KEYS, 1, values, value_bytes, vectors,
-                       common, own);
 }
 
 // The block for all rows. `merged`: into the state of the tile; otherwise, as it is, into `to`.
 template <class T, bool merged>
 static void attend_block(const AttentionArgs &args, const Work &w, const Tile &tile, int64_t number, State to) {
+    using Math = AttentionMath<T>;
     const int64_t d = args.head_dim, wide = whole_vectors(d), rows = tile.rows;
     Block block;
     block.first = number * KEYS;
@@ -208,32 +201,33 @@ static void attend_block(const AttentionArgs &args, const Work &w, const Tile &t
     block.v = args.v + tile.kv_head * args.v_head + block.first * args.v_token;
     score_block<T>(args, w, tile, block);
 
-    const State own = {w.block, w.block + whole_vectors(rows), nullptr};
-    float *m = merged ? own.m : to.m, *l = merged ? own.l : to.l;
+    auto *weights =
+        sizeof(typename Math::Factor) == 4 ? (typename Math::Factor *)w.scores : (typename Math::Factor *)w.weights;
+    float *m = merged ? w.block : to.m, *l = merged ? w.block + whole_vectors(rows) : to.l;
     int64_t start = 0; // rows before see nothing of the block
     for (; limit(args, tile, block, start) <= 0; ++start) m[start] = -__builtin_inff(), l[start] = 0.0f;
     for (int64_t r = start; r < rows; ++r)
-        softmax_row(w.scores + r * KEYS, limit(args, tile, block, r), set1(args.scale), m + r, l + r);
+        softmax_row<T>(weights + r * KEYS, w.scores + r * KEYS, limit(args, tile, block, r), set1(args.scale), m + r,
+                       l + r);
     for (int64_t r = rows; r % Vec::N != 0; ++r) m[r] = -__builtin_inff(), l[r] = 0.0f;
     float *old = w.factors, *added = w.factors + whole_vectors(rows);
     if constexpr (merged) merge_maxima(to, m, l, old, added, rows);
 
-    // Few rows read the values where they lie; many would wait for the conversion each time.
-    const bool direct = rows <= 2 * TILE_ROWS && d == wide;
+    const bool direct = Math::direct(rows, d);
     for (int64_t c = 0; c < d; c += PANEL) {
         const int64_t end = c + PANEL < d ? c + PANEL : d, vectors = whole_vectors(end - c) / Vec::N;
-        if (!direct) widen_values<T>(w.panel, block.v, args.v_token, block.count, c, end);
+        if (!direct) Math::values(w.panel, block.v, args.v_token, block.count, c, end);
         for (int64_t r = start, n; r < rows; r += n) {
-            n = tile_rows(rows - r);
-            alignas(64) float part[TILE_ROWS * PANEL];
+            n = Math::rows(rows - r);
+            alignas(64) float part[16 * PANEL];
             float *out = merged ? part : to.sums + r * wide + c;
             const int64_t out_row = merged ? PANEL : wide;
+            const auto own = [&](int64_t i) { return limit(args, tile, block, r + i); };
             if (direct)
-                weigh<T>(args, w, tile, block, r, n, out, out_row, block.v + c * int64_t(sizeof(T)), args.v_token,
-                         vectors);
+                Math::weigh_direct(out, out_row, weights + r * KEYS, KEYS, n, block.v + c * int64_t(sizeof(T)),
+                                   args.v_token, vectors, own);
             else
-                weigh<float>(args, w, tile, block, r, n, out, out_row, (const char *)w.panel,
-                             PANEL * int64_t(sizeof(float)), vectors);
+                Math::weigh(out, out_row, weights + r * KEYS, KEYS, n, w.panel, vectors, own);
             if constexpr (merged)
                 for (int64_t i = 0; i < n; ++i)
                     merge_sums(to.sums + (r + i) * wide + c, part + i * PANEL, old[r + i], added[r + i],
@@ -262,10 +256,12 @@ void attention(const AttentionArgs &args, int64_t kv_head, int64_t begin, int64_
     const Work w = layout(args, tile.rows, work);
     const State state = state_at(w.state, tile.rows);
     with_type(args.dtype, [&]<class T>(T) {
+        AttentionMath<T>::begin();
         load_queries<T>(args, w, tile);
         clear(state, tile.rows, whole_vectors(args.head_dim));
         for (int64_t block = 0; block * KEYS < visible(args, end - 1); ++block)
             attend_block<T, true>(args, w, tile, block, state);
+        AttentionMath<T>::end();
         finish<T>(args, tile, state);
     });
 }
@@ -281,8 +277,10 @@ void attention_block(const AttentionArgs &args, int64_t kv_head, int64_t block, 
     const Tile tile{kv_head, 0, args.tokens * group_of(args)};
     const Work w = layout(args, tile.rows, work);
     with_type(args.dtype, [&]<class T>(T) {
+        AttentionMath<T>::begin();
         load_queries<T>(args, w, tile);
         attend_block<T, false>(args, w, tile, block, partial_at(args, kv_head, block));
+        AttentionMath<T>::end();
     });
 }
 
@@ -316,11 +314,11 @@ void attention_merge(const AttentionArgs &args, int64_t kv_head, float *work) {
 
 namespace llaisys {
 
-LLAISYS_KERNEL(attention, AttentionFn);
-LLAISYS_KERNEL(attention_block, AttentionBlockFn);
-LLAISYS_KERNEL(attention_merge, AttentionMergeFn);
-LLAISYS_KERNEL(attention_work, AttentionWorkFn);
-LLAISYS_KERNEL(attention_partial, AttentionPartialFn);
+LLAISYS_KERNEL_BF16(attention, AttentionFn);
+LLAISYS_KERNEL_BF16(attention_block, AttentionBlockFn);
+LLAISYS_KERNEL_BF16(attention_merge, AttentionMergeFn);
+LLAISYS_KERNEL_BF16(attention_work, AttentionWorkFn);
+LLAISYS_KERNEL_BF16(attention_partial, AttentionPartialFn);
 
 void check_attention(LlaisysTensor *out, const LlaisysTensor *q, const LlaisysTensor *k, const LlaisysTensor *v,
                      float scale) {

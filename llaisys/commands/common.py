@@ -101,6 +101,38 @@ def colours(stream: TextIO) -> bool:
     return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
 
 
+# ---------------------------------------------------------------- progress
+
+
+class Progress:
+    """One line on stderr that says what is being done, at a terminal only, and gone at the end."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def show(self, text: str, done: int | None = None, total: int | None = None) -> None:
+        """Say `text`; with a bar if it is known how much is done."""
+        if self._bar is not None:
+            self._bar.update(0, description=printable(text), completed=done or 0, total=total)
+
+    def __enter__(self) -> Progress:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, TextColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                BarColumn(20), TextColumn("{task.description}"), console=Console(stderr=True), transient=True
+            )
+            self._bar.add_task("", total=None)
+            self._bar.start()
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
 # ------------------------------------------------------------------- model
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from .isolated import run_isolated
 from .report import Drift, Fault, Flip, NodeResult, Report
 from .run import run
 
-__all__ = ["Drift", "Fault", "Flip", "NodeResult", "Report", "run"]
+__all__ = ["Drift", "Fault", "Flip", "NodeResult", "Report", "run", "run_isolated"]

@@ -16,6 +16,7 @@ from ..reference import Spec, ratios
 from .hypotheses import find_hypothesis
 from .ledger import Array, Entry, Ledger
 from .local import Certifier, row_bytes, rows_of
+from .prefix import INFER
 from .repeat import Again, Digests
 from .report import Fault, Report
 from .shape import describe_error
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 #: Faults that are described, counted from the one to blame; the others are of the same kind more often than not.
 _DESCRIBED = 3
+#: Tokens of the text before a flip that are shown.
+_BEFORE = 16
 
 
 def finish(runner: Runner, report: Report, folder: str | None) -> None:
@@ -43,15 +46,21 @@ def finish(runner: Runner, report: Report, folder: str | None) -> None:
             runner.say("swapping", fault.step, fault.site)
             fault = replace(fault, swap=_swapped(runner, fault))
         report.faults[i] = fault
+    report.text = report.text or _text(runner, report.tokens)
     report.flips = [
-        replace(flip, native_text=_text(runner, flip.native), reference_text=_text(runner, flip.reference))
+        replace(
+            flip,
+            native_text=_text(runner, [flip.native]),
+            reference_text=_text(runner, [flip.reference]),
+            before=_text(runner, report.tokens[: flip.position + 1][-_BEFORE:]),
+        )
         for flip in report.flips
     ]
 
 
-def _text(runner: Runner, token: int) -> str:
+def _text(runner: Runner, tokens: list[int]) -> str:
     try:
-        return runner.engine.tokenizer.decode([token])
+        return runner.engine.tokenizer.decode(tokens)
     except LlaisysError:  # a folder without a tokenizer
         return ""
 
@@ -125,13 +134,13 @@ def _placed(runner: Runner, report: Report, fault: Fault) -> Fault:
 def _swapped(runner: Runner, fault: Fault) -> str | None:
     """What becomes of a fault if the operator is the reference's, and if the native one is put into the reference."""
     wiring = runner.wirings.get(fault.site)
-    if wiring is None:
+    if wiring is None or fault.message.startswith(INFER):
         return None
     parts = []
     try:
-        with_reference = _native_with_reference(runner, fault)
-        left = "is gone" if with_reference is None else f"stays ({with_reference})"
-        parts.append(f"with the reference's {wiring.op} at this site the fault {left}")
+        if fault.certificate in ("LOCAL", "REPEAT"):
+            stays = _native_with_reference(runner, fault)
+            parts.append(f"with the reference's {wiring.op} at this site the fault {'stays' if stays else 'is gone'}")
         back = _reference_with_native(runner, fault)
         if back is not None:
             parts.append(back)
@@ -145,8 +154,8 @@ def _passes(runner: Runner, fault: Fault) -> list[list[int]]:
     return [runner.prompt, *([token] for token in runner.tokens[len(runner.prompt) :][: fault.step])]
 
 
-def _native_with_reference(runner: Runner, fault: Fault) -> str | None:
-    """What is wrong at the site in a native run in which the reference computes it; None if nothing is."""
+def _native_with_reference(runner: Runner, fault: Fault) -> bool:
+    """Whether the fault stays in a native run in which the reference computes the site."""
     wiring = runner.wirings[fault.site]
     ledger = Ledger(runner.wirings, len(runner.prompt), runner.decode)
 
@@ -179,8 +188,7 @@ def _native_with_reference(runner: Runner, fault: Fault) -> str | None:
         certifier.drain()
     finally:
         certifier.close()
-    left = ledger.faults.get((fault.site, fault.certificate))
-    return None if left is None else left.message
+    return (fault.site, fault.certificate) in ledger.faults
 
 
 def _reference_with_native(runner: Runner, fault: Fault) -> str | None:
@@ -207,10 +215,8 @@ def _reference_with_native(runner: Runner, fault: Fault) -> str | None:
     if any(wrong):
         return f"the native {spec} in the reference run brings it back (ratio {max(worst):.3g})"
     if fault.certificate in ("LOCAL", "REPEAT"):
-        return (
-            f"the native {spec} in the reference run does not bring it back: it takes the engine's data or the engine"
-        )
-    return f"the native {spec} in the reference run is right: what the engine gives it is at fault"
+        return f"the native {spec} in the reference run does not bring it back: it takes the engine, or its data"
+    return f"the native {spec} is right in the reference run: it is what the engine gives it that is wrong"
 
 
 def describe_groups(faults: Sequence[Fault], layers: int) -> list[str]:

@@ -11,6 +11,8 @@ from ..errors import LlaisysError
 from ..models import Qwen2
 from .ledger import Ledger
 
+#: What the messages of these faults begin with.
+INFER = "llaisysQwen2ModelInfer"
 #: Tokens that are tried in place of one of the prompt, until one leads the text elsewhere.
 _CANDIDATES = 12
 
@@ -46,10 +48,10 @@ def certify_infer(model: Qwen2, ledger: Ledger, prompt: list[int], following: li
         wanted = len(tokens) - kept
         if computed < wanted:
             text = f"expected {wanted} tokens to be computed, as {kept} are those of the call before, found {computed}"
-            ledger.fault(attention, "STATE", f"llaisysQwen2ModelInfer {how}: {text}", position=position)
+            ledger.fault(attention, "STATE", f"{INFER} {how}: {text}", position=position)
             return False
         if token != expected:
-            text = f"llaisysQwen2ModelInfer {how}: expected token {expected} as in the run, found {token}"
+            text = f"{INFER} {how}: expected token {expected} as in the run, found {token}"
             # A fresh pass computes what the run did, so what is wrong then is how the token is chosen.
             site, certificate = (attention, "STATE") if kept or how != "afresh" else ("argmax", "LOCAL")
             ledger.fault(site, certificate, text, position=position)
@@ -76,7 +78,7 @@ def certify_infer(model: Qwen2, ledger: Ledger, prompt: list[int], following: li
         infer.reset()
         compare("after a reset", prompt, following[0], 0)
     except LlaisysError as error:
-        ledger.fault(attention, "STATE", f"llaisysQwen2ModelInfer failed: {error}", position=0)
+        ledger.fault(attention, "STATE", f"{INFER} failed: {error}", position=0)
     return len(calls)
 
 

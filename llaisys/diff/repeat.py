@@ -21,6 +21,9 @@ from .ledger import Array, Entry, Ledger
 
 Key = tuple[str, str]
 
+#: What `Rerun` says that it does, to progress.
+ANEW = "computed anew"
+
 
 class Digests:
     """Of each output of each node, a digest of the row of each position."""
@@ -74,8 +77,8 @@ class Again:
         excused = {p for p in positions.tolist() if self._inputs_part(entry, p)}
         mine = [p for p in positions.tolist() if p not in excused]
         self._parted.setdefault(entry.site, set()).update(positions.tolist())
-        certified = all(entry.outcomes[c] != "fault" for c in ("EDGE", "PARAM", "STATE"))
-        if not mine or not certified:
+        # Where the node was called wrongly, here or in the run, its output proves nothing.
+        if not mine or any((entry.site, c) in self._ledger.faults for c in ("EDGE", "PARAM", "STATE")):
             return
         text = f"{name}: expected the bits of the run, found others at {_positions(mine)}, {self._how}"
         self._ledger.fault(entry.site, "REPEAT", text, position=mine[0], entry=entry)
@@ -91,18 +94,25 @@ class Again:
 class Rerun:
     """Computes nodes anew on their own inputs, and compares the bits."""
 
-    def __init__(self, ledger: Ledger, kernels: Mapping[str, Kernel], threads: tuple[int, ...]) -> None:
-        self._ledger, self._kernels, self._threads = ledger, kernels, threads
+    def __init__(
+        self,
+        ledger: Ledger,
+        kernels: Mapping[str, Kernel],
+        threads: tuple[int, ...],
+        progress: Callable[[str, int, str], None],
+    ) -> None:
+        self._ledger, self._kernels, self._threads, self._progress = ledger, kernels, threads, progress
 
     def visit(self, entry: Entry) -> None:
         """Run the operator of a node again, once with each number of threads."""
         before = _lib.num_threads()
+        self._progress(ANEW, entry.step, entry.site)
         try:
             for count in self._threads:
                 _lib.set_num_threads(count)
                 text = self._differs(entry)
                 if text:
-                    how = f"computed again on the same inputs with {count} thread{'s' if count > 1 else ''}"
+                    how = f"computed anew on the same inputs with {count} thread{'s' if count > 1 else ''}"
                     self._ledger.fault(
                         entry.site, "REPEAT", f"{how}, {text[0]}", position=entry.position + text[1], entry=entry
                     )

@@ -70,6 +70,7 @@ class Flip:
     noise: float  # by how much rounding alone may move that difference; a margin below it is no fault
     native_text: str = ""
     reference_text: str = ""
+    before: str = ""  # the last of the text that both go on from
 
 
 @dataclass(frozen=True)

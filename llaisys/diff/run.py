@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import platform
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from .. import _lib
 from ..checkpoint import Checkpoint
+from ..doctor import cpu_model
 from ..errors import InvalidArgumentError
 from ..models import Qwen2
 from ..models.generation import CachedSequence
@@ -25,6 +28,7 @@ from .local import Certifier
 from .prefix import certify_infer
 from .repeat import Again, Digests, Rerun
 from .report import Report
+from .trace import TraceWriter
 from .watch import Broken, Visitor, Watch
 from .weights import WeightBits
 from .wiring import wire
@@ -124,6 +128,7 @@ def run(
         runner.trace(save, save_sites)
         try:
             report = runner.run(context)
+            runner.save(report)
             finish(runner, report, None if reproducers is None else os.fspath(reproducers))
         finally:
             runner.close()
@@ -167,13 +172,34 @@ class Runner:
         self.threads = _lib.num_threads()
         self.digests = Digests()
         self.context: Context | None = None
-        self.writer: Any = None
+        self.writer: TraceWriter | None = None
         self.notes: list[str] = []
         self.tokens = list(prompt)
         self.following: list[int] = []  # the token that the run would go on with, after the prompt and each step
 
     def trace(self, save: str | os.PathLike[str] | None, sites: str | Sequence[str] | None) -> None:
         """Write the nodes of the run to a file."""
+        if save is not None:
+            chosen = self.engine.find_sites(sites) if sites is not None else tuple(self.wirings)
+            self.writer = TraceWriter(save, chosen)
+
+    def save(self, report: Report) -> None:
+        """Finish the file."""
+        if self.writer is not None:
+            self.writer.close(
+                {
+                    "model": report.model,
+                    "config": _sizes(self.engine.config),
+                    "dtype": report.dtype,
+                    "isa": report.isa,
+                    "threads": report.threads,
+                    "machine": platform.machine(),
+                    "cpu": cpu_model(),
+                    "versions": report.versions,
+                    "prompt": report.prompt,
+                    "tokens": report.tokens,
+                }
+            )
 
     def watch(self, scene: str, visit: Visitor) -> Watch:
         """A fresh session, watched."""
@@ -285,7 +311,7 @@ class Runner:
             return watch
 
         # As before, every node computed anew in passing.
-        rerun = Rerun(self.ledger, self.kernels, (1, more))
+        rerun = Rerun(self.ledger, self.kernels, (1, more), self.say)
         watch = again("the run again", 1 if self.threads > 1 else 2, rerun.visit)
         watch.forward(self.prompt, last=1)
         for token in tokens[len(self.prompt) :]:
@@ -336,6 +362,8 @@ class Runner:
         """Free the models beside the engine's."""
         if self.context is not None:
             self.context.close()
+        if self.writer is not None:
+            self.writer.abort()
 
     # -------------------------------------------------------------- report
 
@@ -359,7 +387,12 @@ class Runner:
             prompt=self.prompt,
             tokens=self.tokens,
             decode=self.decode,
-            versions={"llaisys": info.version, "build": info.build_hash, "library": str(info.path)},
+            versions={
+                "llaisys": info.version,
+                "build": info.build_hash,
+                "library": str(info.path),
+                **({"override": _lib.OVERRIDE} if info.overridden else {}),
+            },
             swaps={name: kernel if isinstance(kernel, str) else "function" for name, kernel in self.swap.items()},
             nodes=[self.ledger.result(entry) for entry in entries],
             faults=self.ledger.blamed(),
@@ -367,3 +400,8 @@ class Runner:
             drift=[] if self.context is None else self.context.drift,
             notes=self.notes,
         )
+
+
+def _sizes(config: Any) -> dict[str, Any]:
+    """The numbers of a config that a run depends on."""
+    return {name: x for name, x in asdict(config).items() if isinstance(x, (bool, int, float)) and x is not None}

@@ -54,7 +54,7 @@ class Shadow:
         """Whose rows [S, K, D] they are that an attention saw in place of those of `site`."""
         others = {}
         for other, rows in self._rows.items():
-            if other != site and other.rpartition(".")[2] == site.rpartition(".")[2]:
+            if other != site and self._known[other] and other.rpartition(".")[2] == site.rpartition(".")[2]:
                 others[other] = rows[: self._known[other]].reshape(-1, *found.shape[1:])
         if site in self._before:
             others["the sequence before"] = self._before[site].reshape(-1, *found.shape[1:])

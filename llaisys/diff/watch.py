@@ -166,15 +166,12 @@ class Watch:
             if found != expected:
                 messages.append(f"{name}: expected {expected!r}, found {found!r}")
         for name, weight in wiring.weights.items():
-            array = node.inputs.get(name)
+            array = entry.inputs[name] = node.inputs.get(name)
             if (array is None) != (weight is None):
                 messages.append(f"{name}: expected {weight or 'none'}, found {'none' if array is None else 'one'}")
             elif array is not None and weight is not None:
-                entry.inputs[name] = array
                 text = self._weights.check(weight, name, array)
                 messages += [text] if text else []
-            else:
-                entry.inputs[name] = None
         if wiring.positions is not None and not misshapen:
             positions = node.inputs[wiring.positions]
             assert positions is not None

@@ -11,11 +11,22 @@ from typing import Any
 import numpy as np
 
 from .._interop import address_of
-from .._lib import LlaisysNode, LlaisysQwen2Meta, LlaisysTensor, TapCallback, check_call, check_handle, library
+from .._lib import (
+    LlaisysNode,
+    LlaisysQwen2Meta,
+    LlaisysTensor,
+    TapCallback,
+    check_call,
+    check_handle,
+    library,
+    num_threads,
+)
+from ..checkpoint import Checkpoint
 from ..config import Qwen2Config
 from ..dtypes import DataType, DeviceType
 from ..errors import InternalError, StateError
 from ..reference import SPECS
+from .loading import Progress, load_weights
 from .nodes import Array, Kernel, Node, kernel_function, overwrite
 from .session import Observer
 
@@ -51,14 +62,15 @@ class NativeModel:
         if not config.attention_bias:
             check_call(lib.llaisysQwen2ModelSetAttentionBias(self._handle, 0))
 
-    def load(self, name: str, array: Array) -> None:
-        """Copy one weight into the engine, in its dtype."""
-        array = np.ascontiguousarray(array)
-        dtype = DataType.of_numpy(array.dtype)
-        shape = (c_size_t * array.ndim)(*array.shape)
-        address = array.ctypes.data
-        taken = library().llaisysQwen2ModelLoadTensor(
-            self._handle, name.encode(), address, shape, array.ndim, dtype or DataType.INVALID
+    def load(self, checkpoint: Checkpoint, progress: Progress | None) -> None:
+        """Copy all weights into the engine, in its dtype."""
+        load_weights(checkpoint, self._put, num_threads(), progress)
+
+    def _put(self, name: str, shape: tuple[int, ...], first: int, rows: Array) -> None:
+        dtype = DataType.of_numpy(rows.dtype) or DataType.INVALID
+        sizes = (c_size_t * len(shape))(*shape)
+        taken = library().llaisysQwen2ModelLoadRows(
+            self._handle, name.encode(), address_of(rows), sizes, len(shape), dtype, first, first + len(rows)
         )
         if check_call(taken) != 1:
             raise InternalError(f"{name}: expected a weight that the engine knows, found none")

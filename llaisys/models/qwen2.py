@@ -19,6 +19,7 @@ from ..reference import FLOATS
 from ..sampling import Sampler, Sampling
 from ..tokenizer import Tokenizer
 from .generation import CachedSequence, Listener, SequencePool, end_tokens, token_budget
+from .loading import Progress
 from .native import NativeModel
 from .nodes import Array, Kernel, Node, choose_kernels, graph, select
 from .reference import ReferenceModel
@@ -33,7 +34,7 @@ _LONG_NAMES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 class _Backend(Protocol):
     @property
     def tokens_computed(self) -> int: ...
-    def load(self, name: str, array: Array) -> None: ...
+    def load(self, checkpoint: Checkpoint, progress: Progress | None) -> None: ...
     def session(self) -> Engine: ...
     def close(self) -> None: ...
 
@@ -54,7 +55,8 @@ class Qwen2:
             before a glob, a glob before an operator. Values are "native", "reference", or a function with the
             signature of the operator's twin. The native engine computes such a node too, and then takes the result
             of the other.
-        progress: called with (bytes loaded, bytes of all weights) after each weight.
+        progress: called with (bytes loaded, bytes of all weights) while weights are loaded, on this thread. What it
+            raises ends the loading.
 
     `generate` and `logits` may be called from several threads at once. `close()`, the end of a `with`, or the end of
     the object frees the weights.
@@ -69,7 +71,7 @@ class Qwen2:
         dtype: Any = None,
         num_threads: int | None = None,
         kernels: Mapping[str, Kernel] | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         if device != DeviceType.CPU:
             raise UnsupportedError(f"device: expected DeviceType.CPU, found {device!r}")
@@ -96,13 +98,7 @@ class Qwen2:
             self._backend = NativeModel(self.config, DataType.of_name(self.dtype), chosen)
         else:
             self._backend = ReferenceModel(self.config, FLOATS[self.dtype], chosen)
-        done, total = 0, checkpoint.nbytes
-        for name, array in checkpoint.tensors():
-            done += array.nbytes
-            self._backend.load(name, array)
-            del array  # before the next one is read, for the peak of memory
-            if progress is not None:
-                progress(done, total)
+        self._backend.load(checkpoint, progress)
         self._sequences = SequencePool(self.session)
 
     @property

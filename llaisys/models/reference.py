@@ -9,11 +9,13 @@ from typing import cast as typed
 
 import numpy as np
 
+from ..checkpoint import Checkpoint
 from ..config import Qwen2Config
 from ..errors import StateError
 from ..reference import SPECS
 from ..reference.models import qwen2
 from ..reference.numerics import cast
+from .loading import Progress
 from .nodes import Array, Kernel, Node, kernel_function
 from .session import Observer
 
@@ -33,9 +35,15 @@ class ReferenceModel:
         self._lock = threading.Lock()
         self.tokens_computed = 0
 
-    def load(self, name: str, array: Array) -> None:
-        """Keep one weight, converted to the dtype of the model."""
-        self._weights[name] = array if array.dtype == self._dtype else cast(array, self._dtype)
+    def load(self, checkpoint: Checkpoint, progress: Progress | None) -> None:
+        """Keep all weights, converted to the dtype of the model."""
+        done, total = 0, checkpoint.nbytes
+        for name, array in checkpoint.tensors():
+            done += array.nbytes
+            self._weights[name] = array if array.dtype == self._dtype else cast(array, self._dtype)
+            del array  # before the next one is read, for the peak of memory
+            if progress is not None:
+                progress(done, total)
 
     def count(self, tokens: int) -> None:
         """Note that tokens went through the layers."""

@@ -42,6 +42,12 @@ def make_inputs(spec: Spec, rng: np.random.Generator, dims: Dims, dtype: np.dtyp
     return {"a": values.pop("x"), "b": b, **values}
 
 
+def near_eps(values: dict[str, Any]) -> dict[str, Any]:
+    """Sums of which the mean square is near eps."""
+    changed = norm.near_eps({"x": values["a"]})
+    return {"a": changed["x"], "b": (values["b"] * 0).astype(values["b"].dtype), "eps": changed["eps"]}
+
+
 def with_specials(values: dict[str, Any]) -> dict[str, Any]:
     """The special rows of rms_norm in a, and in b an infinity of the other sign and a row that cancels."""
     special = norm.with_specials({"x": values["a"], "weight": values["weight"]})
@@ -69,7 +75,11 @@ SPEC = Spec(
     oracle=oracle,
     inputs=make_inputs,
     cases=norm.SPEC.cases,
-    probes=(Probe("NaN infinities zeros", {"...": (5,), "E": 50}, with_specials),),
+    probes=(
+        Probe("NaN infinities zeros", {"...": (5,), "E": 50}, with_specials),
+        Probe("mean square near eps", {"...": (3,), "E": 129}, near_eps),
+    ),
+    shared={"...": (67,), "E": 1030},
     errors=norm.EPS_ERRORS,
     bench=norm.SPEC.bench,
     flops=lambda d: 5 * math.prod(d["..."]) * d["E"],

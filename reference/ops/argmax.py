@@ -44,6 +44,23 @@ def with_values(values: dict[str, Any], *pairs: tuple[int, float]) -> dict[str, 
     return {"x": x}
 
 
+def lanes_apart(values: dict[str, Any]) -> dict[str, Any]:
+    """In each row two largest elements, 1, 2, 4 ... 128 apart: in neighbouring lanes, or one lane of two vectors."""
+    x = values["x"].copy()
+    for i, row in enumerate(x):
+        row[[3, 3 + 2**i]] = 9
+    return {"x": x}
+
+
+def only_at_the_ends(values: dict[str, Any]) -> dict[str, Any]:
+    """The largest element last, first, and last among negative ones; a NaN behind it; two NaN, the largest between."""
+    x = -1 - abs(values["x"])
+    x[0, -1], x[1, 0], x[2, -1] = 9, 9, -0.5
+    x[3, -2], x[3, -1] = 9, np.nan
+    x[4, [2, 5]], x[4, 3] = np.nan, 9
+    return {"x": x}
+
+
 SPEC = Spec(
     name="argmax",
     summary="Index and value of the largest element of the last axis.",
@@ -70,6 +87,8 @@ SPEC = Spec(
         Probe(
             "signed zeros", {"...": (3,), "V": 33}, lambda v: {"x": np.where(v["x"] < 0, 0, -0.0).astype(v["x"].dtype)}
         ),
+        Probe("ties lanes apart", {"...": (8,), "V": 137}, lanes_apart),
+        *(Probe(f"ends of {v}", {"...": (5,), "V": v}, only_at_the_ends) for v in (8, 9, 17, 33, 71)),
         Probe("ties", {"...": (3,), "V": 65}, lambda v: with_values(v, (7, 9), (8, 9), (64, 9))),
         Probe("tie of infinities", {"...": (3,), "V": 65}, lambda v: with_values(v, (63, np.inf), (31, np.inf))),
         Probe("one NaN", {"...": (3,), "V": 65}, lambda v: with_values(v, (33, np.nan), (3, np.inf))),
@@ -78,6 +97,7 @@ SPEC = Spec(
         ),
         Probe("NaN first", {"...": (3,), "V": 65}, lambda v: with_values(v, (0, np.nan), (1, np.inf))),
     ),
+    shared={"...": (5,), "V": 40001},
     errors=(
         ErrorCase("empty last axis", "SHAPE", lambda v: {"x": v["x"][..., :0]}, ("argmax", "x")),
         ErrorCase("x without an axis", "SHAPE", lambda v: {"x": v["x"].reshape(-1)[0, ...]}, ("argmax", "x")),

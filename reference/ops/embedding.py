@@ -61,6 +61,7 @@ SPEC = Spec(
             *[(9, 64, 17), (17, 97, 33), (4, 13, 127), (33, 7, 896)],
         ]
     ),
+    shared={"T": 300, "V": 97, "E": 515},
     errors=(
         ErrorCase("index V", "INDEX", lambda v: with_index(v, len(v["weight"])), ("embedding", "index")),
         ErrorCase("index -1", "INDEX", lambda v: with_index(v, -1), ("embedding", "index")),

@@ -131,6 +131,15 @@ def cancelling(values: dict[str, Any]) -> dict[str, Any]:
     return {"x": x, "weight": weight}
 
 
+def small_integers(values: dict[str, Any]) -> dict[str, Any]:
+    """Products and partial sums are integers below 2^24: any order of the sum is exact. In 16 bits many results are
+    half-way between two numbers. Each bias is another."""
+    rng = np.random.default_rng(6)
+    dtype, features = values["x"].dtype, len(values["weight"])
+    x, weight = (rng.integers(-9, 10, values[name].shape) for name in ("x", "weight"))
+    return {"x": x.astype(dtype), "weight": weight.astype(dtype), "bias": np.arange(-3, features - 3).astype(dtype)}
+
+
 def not_finite(values: dict[str, Any]) -> dict[str, Any]:
     """NaN and infinities in some rows of x and of the weight; all other outputs are ordinary."""
     x, weight = values["x"].copy(), values["weight"].copy()
@@ -167,8 +176,12 @@ SPEC = Spec(
         Probe("heavy tails", {"...": (5,), "N": 33, "C": 515}, heavy_tailed),
         Probe("all positive", {"...": (3,), "N": 17, "C": 700}, lambda v: {k: abs(x) for k, x in v.items()}),
         Probe("cancelling sums", {"...": (3,), "N": 17, "C": 300}, cancelling),
+        Probe("constant", {"...": (3,), "N": 17, "C": 2049}, lambda v: {k: np.full_like(x, 0.7) for k, x in v.items()}),
+        Probe("small integers", {"...": (5,), "N": 33, "C": 1029}, small_integers, exact=True),
+        Probe("small integers in short sums", {"...": (66,), "N": 21, "C": 37}, small_integers, exact=True),
         Probe("NaN and infinities", {"...": (4,), "N": 19, "C": 50}, not_finite),
     ),
+    shared={"...": (70,), "N": 200, "C": 1100},
     errors=(
         ErrorCase("x without an axis", "SHAPE", lambda v: {"x": v["x"].reshape(-1)[0, ...]}, ("linear", "x")),
         ErrorCase(
@@ -189,8 +202,9 @@ SPEC = Spec(
                 ("down_proj", m["E"], m["F"]),
                 ("lm_head", m["V"], m["E"]),
             ]
-            if use != "lm_head" or m["T"] == 1
-        }
+            if (m["T"] in (1, 512) or n * c > 1 << 22) and (use != "lm_head" or m["T"] < 128)
+        },
+        more=(("decode", 4, 4), ("decode", 16, 16), ("prefill", 128, 128)),
     ),
     flops=lambda d: 2 * math.prod(d["..."]) * d["N"] * d["C"],
     raises=("ShapeError: sizes that do not match", "DTypeError: the dtypes differ or are not f32, f16 or bf16"),

@@ -59,6 +59,7 @@ SPEC = Spec(
         Probe("reversed", {"...": (9, 17)}, lambda v: {"x": v["x"][::-1, ::-1]}),
         Probe("one row repeated", {"...": (9, 17)}, lambda v: {"x": np.broadcast_to(v["x"][:1], (9, 17))}),
     ),
+    shared={"...": (67, 3, 513)},
     bench=qwen2_bench(lambda m: {"heads": {"...": (m["T"], m["H"], m["D"])}}),
     raises=("ShapeError: the shapes differ", "DTypeError: the dtypes differ"),
 )

@@ -45,6 +45,13 @@ def make_inputs(spec: Spec, rng: np.random.Generator, dims: Dims, dtype: np.dtyp
     return {"x": x.astype(dtype), "weight": weight.astype(dtype), "eps": 1e-6}
 
 
+def near_eps(values: dict[str, Any]) -> dict[str, Any]:
+    """Rows whose mean square is about eps, a hundredth and a hundred times of it: where eps is added is what they show.
+    (1e-2 for all, as the squares of f16 would else be subnormal.)"""
+    root = np.float32([1.0, 0.1, 10.0])[:, None] * np.float32(0.1)
+    return {"x": (f32(values["x"]) / 3 * root).astype(values["x"].dtype), "eps": 1e-2}
+
+
 def with_specials(values: dict[str, Any]) -> dict[str, Any]:
     """Rows with a NaN, an infinity, zeros only, and one very large element; a zero and an infinity in the weight."""
     x, weight = values["x"].copy(), values["weight"].copy()
@@ -87,10 +94,12 @@ SPEC = Spec(
     probes=(
         Probe("NaN infinity zeros", {"...": (5,), "E": 50}, with_specials),
         Probe("small rows", {"...": (3,), "E": 65}, lambda v: {"x": (v["x"] * 1e-3).astype(v["x"].dtype)}),
+        Probe("mean square near eps", {"...": (3,), "E": 129}, near_eps),
         Probe("constant rows", {"...": (3,), "E": 896}, lambda v: {"x": np.full_like(v["x"], 1.7)}),
         Probe("large eps", {"...": (3,), "E": 65}, lambda v: {"eps": 10.0}),
         Probe("zero eps", {"...": (3,), "E": 65}, lambda v: {"eps": 0.0}),
     ),
+    shared={"...": (67,), "E": 1030},
     errors=EPS_ERRORS,
     bench=qwen2_bench(lambda m: {"hidden": {"...": (m["T"],), "E": m["E"]}}),
     flops=lambda d: 4 * math.prod(d["..."]) * d["E"],

@@ -79,6 +79,11 @@ def with_specials(values: dict[str, Any]) -> dict[str, Any]:
     return {"x": x, "pos_ids": values["pos_ids"] + 1}
 
 
+def positions(values: dict[str, Any], n: int) -> dict[str, Any]:
+    """Consecutive positions."""
+    return {"pos_ids": n + np.arange(len(values["pos_ids"]))}
+
+
 THETA = (Constraint("theta", "theta finite and > 0", lambda d, s: 0 < s["theta"] < math.inf, "INVALID_ARGUMENT"),)
 THETA_ERRORS = tuple(
     ErrorCase(f"theta {bad}", "INVALID_ARGUMENT", lambda v, bad=bad: {"theta": bad}, ("theta",))  # type: ignore[misc]
@@ -110,12 +115,19 @@ SPEC = Spec(
         ]
     ),
     probes=(
-        Probe("position 0", {"T": 3, "H": 2, "D": 64}, lambda v: {"pos_ids": v["pos_ids"] * 0}),
+        Probe("position 0", {"T": 3, "H": 2, "D": 64}, lambda v: {"pos_ids": v["pos_ids"] * 0}, exact=True),
+        # Neighbouring positions that bf16 and f16 do not tell apart, and the last ones that f16 has.
+        Probe(
+            "more positions than 8 bits count", {"T": 21, "H": 2, "D": 32}, lambda v: {"pos_ids": 1009 + np.arange(21)}
+        ),
+        Probe("positions beyond 4096", {"T": 21, "H": 2, "D": 32}, lambda v: {"pos_ids": 4090 + np.arange(21)}),
+        Probe("positions beyond 65504", {"T": 21, "H": 2, "D": 32}, lambda v: {"pos_ids": 65500 + np.arange(21)}),
         Probe("positions of a prompt", {"T": 129, "H": 1, "D": 32}, lambda v: {"pos_ids": np.arange(129)}),
         Probe("far positions", {"T": 3, "H": 2, "D": 64}, lambda v: {"pos_ids": v["pos_ids"] + 32768}),
         Probe("theta 10000", {"T": 5, "H": 2, "D": 80}, lambda v: {"theta": 1e4}),
         Probe("NaN and infinities", {"T": 3, "H": 2, "D": 34}, with_specials),
     ),
+    shared={"T": 150, "H": 7, "D": 80},
     errors=(
         ErrorCase(
             "odd head dim",

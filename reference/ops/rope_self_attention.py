@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,11 @@ def make_inputs(spec: Spec, rng: np.random.Generator, dims: Dims, dtype: np.dtyp
     return {**values, "pos_ids": np.arange(dims["S"] - dims["T"], dims["S"], dtype=np.int64), "theta": 1e6}
 
 
+def unrotated(values: dict[str, Any], probe: Probe) -> dict[str, Any]:
+    """What `probe` changes, for queries at position 0."""
+    return {**probe.change(values), "pos_ids": values["pos_ids"] * 0}
+
+
 SPEC = Spec(
     name="rope_self_attention",
     summary="Rotary embedding of the queries, then causal attention over rotated keys.",
@@ -57,10 +64,12 @@ SPEC = Spec(
     inputs=make_inputs,
     cases=attention.CASES,
     probes=(
-        *(probe for probe in attention.SPEC.probes if probe.title != "growing scores"),
+        *(probe for probe in attention.SPEC.probes if probe not in attention.SCORES),
+        *(replace(probe, change=partial(unrotated, probe=probe)) for probe in attention.SCORES),
         Probe("positions of another sequence", attention.FUTURE, lambda v: {"pos_ids": v["pos_ids"] * 7 + 1000}),
         Probe("theta 10000", attention.FUTURE, lambda v: {"theta": 1e4}),
     ),
+    shared={"T": 140, "S": 270, "H": 6, "K": 2, "D": 48},
     errors=(
         ErrorCase(
             "odd head dim",

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from ..bounds import U32, Array, Oracle, half_ulp, random_sum, unit, walk
+from ..bounds import TINY32, U32, Array, Oracle, half_ulp, random_sum, unit, walk
 from ..numerics import cast, f32, f64, quiet
-from ..spec import Arg, Constraint, Dims, ErrorCase, Probe, Scalar, Spec, qwen2_bench
+from ..spec import FLOATS, Arg, Constraint, Dims, ErrorCase, Probe, Scalar, Spec, qwen2_bench
 
 
 @quiet
@@ -76,6 +76,11 @@ def _attend(
     off = U32 * (walk(dim) + 2) * np.abs(scale) * (np.abs(q) @ np.abs(columns))
     if q_off.any():
         off = off + np.abs(scale) * random_sum(q_off @ np.abs(columns), q_off**2 @ columns**2)
+    # The bf16 dot products of AMX and AVX-512 read subnormal operands as zero and flush subnormal sums to zero.
+    tiny = TINY32 if dtype == FLOATS["bf16"] else 0.0
+    if tiny:
+        operands = np.abs(q).sum(axis=-1)[..., None] + np.abs(k).sum(axis=-1)[:, None]
+        off = off + np.abs(scale) * tiny * (operands + 2 * dim)
     # exp(s - max): the difference, the argument's reduction (2 |s - max|), and 8 u for exp itself, as in swiglu. What
     # the maximum is does not matter, since it divides out. A weight p is thus off by p (off + mean of off).
     off = np.where(p > 0, off + U32 * (3 * (top - scores) + 8), 0.0)
@@ -88,6 +93,7 @@ def _attend(
     # NaN and infinities reach the queries that see them; a weight of zero would let them into all others.
     finite = np.isfinite(v)
     y, a = p @ np.where(finite, v, 0.0), np.where(visible, p * off + floor, 0.0) @ np.where(finite, np.abs(v), 0.0)
+    a = a + tiny * (1 + 2 * length)  # the weights of values read as zero sum to 1 at most
     for group, j in np.argwhere(~finite.all(axis=-1)):
         y[group, visible[:, j]] += p[group, visible[:, j], j, None] * np.where(finite, 0.0, v)[group, j]
     return y, a
@@ -125,6 +131,19 @@ def with_ramp(values: dict[str, Any]) -> dict[str, Any]:
     ramp = np.linspace(-2, 2, len(values["k"]), dtype=np.float32)[:, None, None]
     k = np.broadcast_to(ramp, values["k"].shape).astype(values["k"].dtype)
     return {"q": np.ones_like(values["q"]), "k": k}
+
+
+def with_scores(values: dict[str, Any], first: float, last: float) -> dict[str, Any]:
+    """Scores from `first` for the first key to `last`: without the maximum taken off, exp would overflow or be 0."""
+    scores = np.linspace(first, last, len(values["k"])) / values["k"].shape[-1]
+    k = np.broadcast_to(scores[:, None, None], values["k"].shape).astype(values["k"].dtype)
+    return {"q": np.ones_like(values["q"]), "k": k, "scale": 1.0}
+
+
+def with_integers(values: dict[str, Any]) -> dict[str, Any]:
+    """Equal scores and a power of two of keys: the average of small integers, exactly. Each head has others."""
+    rng = np.random.default_rng(7)
+    return {"q": np.zeros_like(values["q"]), "v": rng.integers(-99, 100, values["v"].shape).astype(values["v"].dtype)}
 
 
 def dims_of(*rows: tuple[int, int, int, int, int]) -> tuple[Dims, ...]:
@@ -167,6 +186,19 @@ def visible_pairs(d: Dims) -> int:
     return int(d["T"] * d["S"] - d["T"] * (d["T"] - 1) // 2)
 
 
+#: Scores that are what the keys say, of queries that are not rotated.
+SCORES = (
+    Probe("scores of 200", dims_of((2, 150, 2, 1, 16))[0], lambda v: with_scores(v, 200, 200)),
+    Probe("scores of -200", dims_of((2, 150, 2, 1, 16))[0], lambda v: with_scores(v, -200, -200)),
+    Probe("scores rising to 200", dims_of((2, 300, 2, 1, 16))[0], lambda v: with_scores(v, -200, 200)),
+    Probe("scores falling to -200", dims_of((2, 300, 2, 1, 16))[0], lambda v: with_scores(v, 200, -200)),
+    Probe("growing scores", dims_of((2, 300, 2, 1, 16))[0], with_ramp),
+)
+AVERAGES = tuple(
+    Probe(f"average of {s} integers", dims_of((1, s, 6, 3, 34))[0], with_integers, exact=True)
+    for s in (1, 2, 8, 128, 256)
+)
+
 SPEC = Spec(
     name="self_attention",
     summary="Causal attention of T queries over S cached and new keys, with grouped heads.",
@@ -195,11 +227,15 @@ SPEC = Spec(
         Probe("scores alike", FUTURE, lambda v: times(v, q=0)),
         Probe("scale 0", FUTURE, lambda v: {"scale": 0.0}),
         Probe("negative scale", FUTURE, lambda v: {"scale": -v["scale"]}),
-        Probe("growing scores", dims_of((2, 300, 2, 1, 16))[0], with_ramp),
+        *SCORES,
+        *AVERAGES,
         Probe("values all positive", FUTURE, lambda v: {"v": abs(v["v"])}),
     ),
+    shared={"T": 140, "S": 270, "H": 6, "K": 2, "D": 48},
     errors=(*SIZE_ERRORS, *SCALE_ERRORS),
-    bench=qwen2_bench(lambda m: {"attn": {x: m[x] for x in "TSHKD"}}),
+    bench=qwen2_bench(
+        lambda m: {"attn": {x: m[x] for x in "TSHKD"}}, more=(("decode", 1, 2048), ("prefill", 2048, 2048))
+    ),
     flops=lambda d: 4 * d["H"] * d["D"] * visible_pairs(d),
     raises=(
         "ShapeError: S < T, H not a multiple of K, or sizes that do not match",

@@ -84,6 +84,7 @@ SPEC = Spec(
         Probe("NaN and infinities", {"...": (2, 17)}, with_specials),
         Probe("small gates", {"...": (3, 65)}, lambda v: {"gate": (v["gate"] * 1e-3).astype(v["gate"].dtype)}),
     ),
+    shared={"...": (7, 9001)},
     bench=qwen2_bench(lambda m: {"act": {"...": (m["T"], m["F"])}}),
     flops=lambda d: 5 * math.prod(d["..."]),
     raises=("ShapeError: the shapes differ", "DTypeError: the dtypes differ or are not f32, f16 or bf16"),

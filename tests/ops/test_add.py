@@ -19,7 +19,6 @@ def bit_patterns(dtype: str) -> np.ndarray:
 
 class TestAdd(OperatorTests):
     name = "add"
-    big = {"...": (7, 9001)}
 
     def test_ties(self, dtype: str, tier: str) -> None:
         """Half an ulp, and a little more and less, on even and odd neighbours: to nearest even."""

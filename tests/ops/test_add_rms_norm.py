@@ -11,7 +11,6 @@ from operator_tests import OperatorTests, need
 
 class TestAddRmsNorm(OperatorTests):
     name = "add_rms_norm"
-    big = {"...": (67,), "E": 1030}
     alike = {"f32": 0.6, "f16": 0.999, "bf16": 0.9999}
 
     def test_bits_of_add_and_rms_norm(self, dtype: str, tier: str) -> None:

@@ -22,7 +22,6 @@ def staircase(length: int, low: float, high: float, dtype: Any) -> np.ndarray:
 
 class TestArgmax(OperatorTests):
     name = "argmax"
-    big = {"...": (5,), "V": 40001}
 
     @pytest.mark.parametrize("length", [1, 2, 4, 5, 8, 16, 17, 32, 33, 64, 67, 131])
     def test_first_of_many(self, dtype: str, tier: str, length: int) -> None:

@@ -14,7 +14,6 @@ from operator_tests import OperatorTests
 
 class TestEmbedding(OperatorTests):
     name = "embedding"
-    big = {"T": 300, "V": 97, "E": 515}
 
     @pytest.mark.parametrize("bad", [-1, 7, 8, -(2**63), 2**63 - 1, 2**32, -(2**32) + 1])
     def test_an_index_out_of_range_anywhere(self, bad: int) -> None:

@@ -17,7 +17,6 @@ ROWS = (1, 2, 3, 4, 5, 8, 63, 64, 65, 130)
 
 class TestLinear(OperatorTests):
     name = "linear"
-    big = {"...": (70,), "N": 200, "C": 1100}
     alike = {"f16": 0.99, "bf16": 0.999}
 
     @pytest.mark.parametrize("columns", COLUMNS)

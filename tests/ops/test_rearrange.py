@@ -20,7 +20,6 @@ def ordered(order: tuple[int, ...], sign: int, dtype: np.dtype) -> np.ndarray:
 
 class TestRearrange(OperatorTests):
     name = "rearrange"
-    big = {"...": (67, 3, 513)}
 
     def test_all_orders_of_axes(self, dtype: str, tier: str) -> None:
         need(tier)

@@ -10,7 +10,6 @@ from operator_tests import OperatorTests
 
 class TestRmsNorm(OperatorTests):
     name = "rms_norm"
-    big = {"...": (67,), "E": 1030}
     alike = {"f32": 0.6, "f16": 0.999, "bf16": 0.9999}
 
     def test_rows_near_eps(self, dtype: str, tier: str) -> None:

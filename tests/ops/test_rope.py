@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 
+import llaisys
 from llaisys.reference import FLOATS
 from operator_tests import OperatorTests
 
@@ -13,7 +18,6 @@ FAR = (4095, 4096, 4097, 32768, 131071, 10**6, 2**24 - 1, 2**24, 2**24 + 1, 2**3
 
 class TestRope(OperatorTests):
     name = "rope"
-    big = {"T": 150, "H": 7, "D": 80}
     alike = {"f32": 0.99, "f16": 0.999, "bf16": 0.999}
 
     @pytest.mark.parametrize("theta", [1.0, 1e4, 1e6])
@@ -42,6 +46,55 @@ class TestRope(OperatorTests):
         (out,) = self.outcome(dtype, tier, "unit vectors", values)
         reached = [set(np.flatnonzero(row).tolist()) for row in out[:, 0].astype(np.float32)]
         assert reached == [{i, (i + dim // 2) % dim} for i in range(dim)]
+
+    def test_the_kept_table_is_that_of_the_call(self, dtype: str, tier: str) -> None:
+        """The kernel keeps the cosines of its last call. Whatever may change from one call to the next does: positions
+        in the same array, their number, theta, the head dim, and back to what came before."""
+        x = np.random.default_rng(9).standard_normal((6, 2, 32), dtype=np.float32).astype(FLOATS[dtype])
+        pos_ids = np.arange(6)
+        values = {"x": x, "pos_ids": pos_ids, "theta": 1e4}
+
+        def halved(v: dict[str, Any]) -> None:
+            v["x"] = x[:, :, :16]
+
+        def fewer(v: dict[str, Any]) -> None:
+            v["x"], v["pos_ids"] = v["x"][:3], pos_ids[:3]
+
+        changes: list[Callable[[dict[str, Any]], Any]] = [
+            lambda v: None,
+            lambda v: pos_ids.__setitem__(slice(None), [5, 4, 3, 2, 1, 100]),
+            lambda v: pos_ids.__iadd__(1),
+            lambda v: v.update(theta=1e6),
+            halved,
+            fewer,
+            lambda v: v.update(x=x, pos_ids=pos_ids),
+        ]
+        for n, change in enumerate(changes):
+            change(values)
+            for again in range(2):
+                self.outcome(dtype, tier, f"change {n}, call {again}", values)
+
+    def test_each_thread_keeps_a_table_of_its_own(self) -> None:
+        x = np.random.default_rng(10).standard_normal((5, 3, 64), dtype=np.float32)
+        wanted = [llaisys.ops.rope(x, np.arange(5) + n, 1e4).tobytes() for n in range(4)]
+        wrong: list[int] = []
+
+        def work(n: int) -> None:
+            wrong.extend(n for _ in range(200) if llaisys.ops.rope(x, np.arange(5) + n, 1e4).tobytes() != wanted[n])
+
+        workers = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        assert not wrong
+
+    def test_a_table_of_one_dtype_serves_no_other(self, tier: str) -> None:
+        """The cosines are rounded to the dtype: the same positions in another one need others."""
+        x, pos_ids = np.random.default_rng(11).standard_normal((4, 2, 64), dtype=np.float32), np.arange(4) + 1000
+        for dtype in ("f32", "bf16", "f16", "bf16", "f32"):
+            values = {"x": x.astype(FLOATS[dtype]), "pos_ids": pos_ids, "theta": 1e6}
+            self.outcome(dtype, tier, "another dtype", values)
 
     def test_faults_are_noticed(self, dtype: str) -> None:
         self.must_notice(dtype, lambda v: {"pos_ids": v["pos_ids"] + 1})

@@ -1,24 +1,27 @@
-"""How the benchmarks measure: calls of several implementations in turns, cold weights, the roof of memory reads."""
+"""How the benchmarks measure: calls of several implementations in turns, on as many threads, with cold weights."""
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from threadpoolctl import threadpool_limits
+from .._lib import set_num_threads
 
-#: Seconds of one uninterrupted series of calls. Shorter ones would measure how threads wake up, longer ones would not
-#: see the same noise of the machine as those of the other implementations.
-SERIES = 0.005
+#: Seconds of one uninterrupted series of calls, and of the calls before it that do not count. libgomp lets its threads
+#: spin for about 9 ms after the last call of torch, and a thread that slept is often woken on the core of the one that
+#: woke it; until the system has moved it, kernels were seen to run at half their speed.
+SERIES, WARM = 0.01, 0.015
 #: Seconds of measuring an implementation, once it has had its least number of series.
-BUDGET = 0.2
-LEAST, MOST = 5, 30
+BUDGET = 0.1
+LEAST, MOST = 5, 10
+#: Seconds of one call above which calls before it would change nothing.
+LONG = 0.1
 #: Seconds of one call above which an implementation is left out (the numpy twins, of the largest cases).
 TOO_SLOW = 1.0
 
@@ -29,8 +32,8 @@ def in_turns(calls: Mapping[str, Call]) -> dict[str, tuple[int, list[float]]]:
     """Time all `calls` side by side: calls in a series, and the seconds of each series, by name.
 
     The implementations take turns, so that each meets the same state of the machine and a ratio of their medians is
-    not one of two different minutes. A pause lets the threads of the one before go to sleep, and the call after it is
-    not counted. What takes longer than TOO_SLOW is left out.
+    not one of two different minutes. In each turn the calls of the first WARM seconds are not counted: the threads of
+    the one before go to sleep, and its own find a core each. What takes longer than TOO_SLOW is left out.
     """
     lengths: dict[str, int] = {}
     rounds: dict[str, int] = {}
@@ -46,11 +49,16 @@ def in_turns(calls: Mapping[str, Call]) -> dict[str, tuple[int, list[float]]]:
     for i in range(max(rounds.values(), default=0)):
         for name, length in lengths.items():
             if i < rounds[name]:
-                time.sleep(0.001)
-                if length > 1:
-                    calls[name]()
+                if not times[name] or times[name][0] / length < LONG:
+                    _warm(calls[name])
                 times[name].append(_seconds(calls[name], length))
     return {name: (lengths[name], times[name]) for name in lengths}
+
+
+def _warm(call: Call) -> None:
+    end = time.perf_counter() + WARM
+    while time.perf_counter() < end:
+        call()
 
 
 def _seconds(call: Call, count: int) -> float:
@@ -85,21 +93,23 @@ def last_level_cache() -> int:
     return max(sizes)
 
 
-@cache
-def read_roof(threads: int) -> float:
-    """Bytes per second at which `threads` threads read memory, at best: the larger of two plain ways to read it all."""
-    data = np.ones(max(256 << 20, 4 * last_level_cache()) // 8, np.int64)
-    parts = np.array_split(data, threads)
-    floats = [part.view(np.float32) for part in parts]
-    ways: list[tuple[Callable[[Any], Any], list[Any]]] = [
-        (np.bitwise_or.reduce, parts),
-        (lambda x: np.dot(x, x), floats),
-    ]
-    best = float("inf")
-    with threadpool_limits(1), ThreadPoolExecutor(threads) as pool:
-        for _ in range(9):
-            for way, pieces in ways:
-                start = time.perf_counter()
-                list(pool.map(way, pieces))
-                best = min(best, time.perf_counter() - start)
-    return data.nbytes / best
+def installed(module: str) -> bool:
+    """Whether `module` can be imported, without importing it."""
+    return find_spec(module) is not None
+
+
+@contextmanager
+def same_threads(count: int) -> Iterator[None]:
+    """llaisys, torch and, where threadpoolctl is installed, numpy's BLAS use `count` threads."""
+    set_num_threads(count)
+    with ExitStack() as stack:
+        if installed("torch"):
+            import torch
+
+            torch.set_num_threads(count)
+            stack.enter_context(torch.inference_mode())
+        if installed("threadpoolctl"):
+            from threadpoolctl import threadpool_limits
+
+            stack.enter_context(threadpool_limits(count))
+        yield

@@ -1,0 +1,142 @@
+"""The roofline: every operator by its arithmetic intensity and its speed, under what the machine can do.
+
+matplotlib is not needed for anything else; the extra `bench` has it.
+"""
+
+from __future__ import annotations
+
+import os
+from math import atan, degrees
+from pathlib import Path
+from typing import Any
+
+from ..errors import InvalidArgumentError, UnsupportedError
+from .report import DTYPES, Row, heading
+
+FORMATS = (".png", ".svg")
+PHASES = ("decode", "prefill")
+#: Colours that also the colour-blind tell apart (Okabe and Ito), each with a marker of its own.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = "osD^vPX<>*hp"
+_INK, _FAINT = "#333333", "#999999"
+
+
+def check_plot(path: str | os.PathLike[str]) -> None:
+    """Refuse a plot that could not be drawn, before anything is measured.
+
+    InvalidArgumentError for another format than PNG and SVG, UnsupportedError without matplotlib.
+    """
+    if Path(path).suffix.lower() not in FORMATS:
+        raise InvalidArgumentError(f"plot: expected a file name that ends with .png or .svg, found {os.fspath(path)!r}")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UnsupportedError('plot: expected matplotlib, found none; run pip install "llaisys[bench]"') from None
+
+
+def draw(data: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Draw the operators of a document to a PNG or SVG file: one panel for each dtype and phase.
+
+    Full markers are the kernels, hollow ones torch. InvalidArgumentError if there are no operators in it.
+    """
+    check_plot(path)
+    rows = [row for row in data["rows"] if row["op"] != "model" and row["implementation"] != "numpy" and row["flops"]]
+    if not rows:
+        raise InvalidArgumentError("plot: expected rows of operators that compute, found none")
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    dtypes = [dtype for dtype in DTYPES if any(row["dtype"] == dtype for row in rows)]
+    phases = [phase for phase in PHASES if any(row["phase"] == phase for row in rows)]
+    style = dict(zip(dict.fromkeys(row["op"] for row in rows), _styles(), strict=False))
+    roofs: dict[str, float] = data["machine"]["roofs"]
+    panels = [(dtype, phase) for phase in phases for dtype in dtypes]
+    columns = len(dtypes) if len(dtypes) > 1 else len(panels)
+    lines = len(panels) // columns
+    with rc_context({"font.size": 9, "axes.edgecolor": _FAINT, "svg.hashsalt": "llaisys"}):
+        figure = Figure((max(4.2 * columns, 6.5), 3.4 * lines + 1.4), dpi=150, layout="constrained")
+        grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+        span = _span(rows, roofs)
+        for axes, (dtype, phase) in zip(grid.flat, panels, strict=True):
+            _panel(axes, [r for r in rows if r["dtype"] == dtype and r["phase"] == phase], roofs, span, style)
+            axes.set_title(f"{dtype}, {phase}", loc="left", color=_INK, fontweight="bold")
+        for axes in grid[-1]:
+            axes.set_xlabel("arithmetic intensity, FLOP / byte", color=_INK)
+        for axes in grid[:, 0]:
+            axes.set_ylabel("GFLOP/s", color=_INK)
+        figure.suptitle(heading(data), fontsize=9, color=_INK, x=0.01, ha="left")
+        _legend(figure, style, any(row["implementation"] == "torch" for row in rows))
+        figure.savefig(path, metadata={"Date": None} if Path(path).suffix.lower() == ".svg" else None)
+
+
+def _styles() -> list[tuple[str, str]]:
+    return [(_COLOURS[i % len(_COLOURS)], marker) for i, marker in enumerate(_MARKERS)]
+
+
+def _intensity(row: Row) -> float:
+    return float(row["flops"] / row["bytes"])
+
+
+def _span(rows: list[Row], roofs: dict[str, float]) -> tuple[float, float, float, float]:
+    """Left, right, bottom and top of all panels."""
+    x, y = [_intensity(row) for row in rows], [row["gflops"] for row in rows]
+    top = max(value for name, value in roofs.items() if name != "read")
+    right = max(*x, 4 * top / roofs["read"])
+    return min(x) / 2, right * 2, min(y) / 2, top * 2.5
+
+
+def _panel(
+    axes: Any,
+    rows: list[Row],
+    roofs: dict[str, float],
+    span: tuple[float, float, float, float],
+    style: dict[str, tuple[str, str]],
+) -> None:
+    left, right, bottom, top = span
+    axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, top))
+    axes.grid(True, which="major", color="#eeeeee", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    read = roofs["read"]
+    compute = {name: value for name, value in roofs.items() if name not in ("read", "scalar_f32")} or roofs
+    highest = max(compute.values())
+    axes.plot([left, highest / read], [left * read, highest], color=_INK, linewidth=1.2, zorder=1)
+    x, slope = left * 1.3, degrees(atan(read))
+    axes.text(
+        x, x * read * 1.3, f"read {read:.0f} GB/s", rotation=slope, rotation_mode="anchor", transform_rotates_text=True,
+        fontsize=7, color=_INK,
+    )  # fmt: skip
+    for value in compute.values():
+        axes.plot([value / read, right], [value, value], color=_INK, linewidth=1.2, zorder=1)
+    for text, value in _labels(compute):
+        axes.text(right / 1.1, value * 1.06, text, ha="right", fontsize=7, color=_INK)
+    for row in rows:
+        colour, marker = style[row["op"]]
+        torch = row["implementation"] == "torch"
+        axes.plot(
+            _intensity(row), row["gflops"], marker, markersize=5, markeredgecolor=colour, markeredgewidth=1,
+            markerfacecolor="none" if torch else colour, alpha=0.9, zorder=2 if torch else 3,
+        )  # fmt: skip
+
+
+def _labels(compute: dict[str, float]) -> list[tuple[str, float]]:
+    """Texts for the lines, and where: one for those between which there is no room."""
+    groups: list[tuple[str, float, float]] = []
+    for name, value in sorted(compute.items(), key=lambda item: -item[1]):
+        text = f"{name.replace('_', ' ')} {value:.0f}"
+        if groups and groups[-1][2] / value < 1.35:
+            groups[-1] = (f"{groups[-1][0]}, {text}", groups[-1][1], value)
+        else:
+            groups.append((text, value, value))
+    return [(text, top) for text, top, _ in groups]
+
+
+def _legend(figure: Any, style: dict[str, tuple[str, str]], torch: bool) -> None:
+    from matplotlib.lines import Line2D
+
+    def entry(colour: str, marker: str, face: str, label: str) -> Line2D:
+        return Line2D([], [], linestyle="", marker=marker, markeredgecolor=colour, markerfacecolor=face, label=label)
+
+    entries = [entry(colour, marker, colour, op) for op, (colour, marker) in style.items()]
+    if torch:
+        entries += [entry(_INK, "o", _INK, "llaisys"), entry(_INK, "o", "none", "torch")]
+    figure.legend(handles=entries, loc="outside lower center", ncols=min(len(entries), 7), frameon=False, fontsize=8)

@@ -1,0 +1,369 @@
+"""Does a library keep to the SPECs? What `llaisys check` runs, case by case, in processes that a defect may kill.
+
+A case is a valid call of the SPEC (`reference.spec.calls`). It is made on memory that ends at a page which may not be
+touched, with outputs full of NaN, and certified (`llaisys.certify`); where f32 computes exactly, the result must be y
+rounded, bit for bit. Then the same bits must come out of every layout, whatever the outputs held before, with any
+number of threads, in place, and of each row alone.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+import traceback
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing import connection, get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .certify import Local, certify
+from .errors import InternalError, InvalidArgumentError, LibraryError, LlaisysError
+from .harness import LAYOUTS, POISONS, THREADS, Array, Guarded, KernelFault, run, same_bits, using
+from .reference import SPECS, Oracle, Spec, check
+from .reference.numerics import f32
+from .reference.spec import arg_dtype, calls, dims_label, shape_letters
+
+__all__ = ["Job", "Result", "conformance", "plan", "tiers"]
+
+#: Seconds after which a case that does not end is a fault, and crashes after which an operator is given up.
+TIMEOUT, CRASHES = 60.0, 3
+#: Rows of a case that are run alone, and times that the call shared by threads is repeated.
+ROWS, REPEATS = 3, 3
+
+
+@dataclass(frozen=True)
+class Result:
+    """The outcome of one case: a `Local`, and what else was found wrong ("" if nothing)."""
+
+    op: str
+    dtype: str
+    isa: str
+    case: str
+    local: Local
+    message: str = ""
+    file: str = ""
+
+    @property
+    def outcome(self) -> str:
+        """ "pass", "fault" or "suspect"."""
+        return "fault" if self.message else self.local.outcome
+
+    @property
+    def text(self) -> str:
+        """What is wrong, in one line."""
+        return self.message or self.local.reason
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        local = self.local
+        return {
+            **{name: getattr(self, name) for name in ("op", "dtype", "isa", "case", "outcome", "text", "file")},
+            **{name: _plain(getattr(local, name)) for name in ("output", "ratio", "index", "got", "expected")},
+            **{name: _plain(getattr(local, name)) for name in ("bias", "limit", "checked", "size", "note")},
+        }
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, complex) or (isinstance(value, float) and not np.isfinite(value)) else value
+
+
+# ------------------------------------------------------------------- cases
+
+
+@dataclass(frozen=True)
+class Job:
+    """All cases of one operator in one storage dtype."""
+
+    op: str
+    dtype: str
+    isas: tuple[str, ...]
+    threads: tuple[int, ...]
+    save: str | None = None
+
+    def cases(self) -> Iterator[tuple[str, str, Callable[[], Result]]]:
+        """Tier, label, and what to call for the result."""
+        spec = SPECS[self.op]
+        exact = {probe.label for probe in spec.probes if probe.exact}
+        for number, (label, _, values) in enumerate(calls(spec, self.dtype)):
+            for isa in self.isas:
+                yield isa, label, lambda a=(isa, label, values, label in exact, number): self.examine(*a)
+        if spec.shared:
+            rng = np.random.default_rng(1)
+            values = spec.inputs(spec, rng, spec.shared, spec.dtypes[self.dtype])
+            for isa in self.isas:
+                yield isa, f"{dims_label(spec.shared)}, shared by threads", lambda a=(isa, values): self.share(*a)
+
+    def examine(self, isa: str, label: str, values: Mapping[str, Any], exact: bool, number: int) -> Result:
+        """One case of the SPEC."""
+        spec, outputs = SPECS[self.op], None
+        local = Local("pass")
+        try:
+            with using(isa, self.threads[0]):
+                outputs = run(spec, values, "the call", allocate=Guarded())
+                local = self.certify(values, outputs, exact)
+                if local.outcome == "pass":
+                    self.variants(spec, values, outputs, number)
+        except KernelFault as fault:
+            return self.result(isa, label, values, outputs, local, str(fault))
+        return self.result(isa, label, values, outputs, local)
+
+    def certify(self, values: Mapping[str, Any], outputs: Sequence[Array], exact: bool = False) -> Local:
+        """`certify` of named values; of an `exact` probe the oracle is right to the last bit."""
+        spec = SPECS[self.op]
+        inputs = {a.name: values[a.name] for a in spec.inputs_args}
+        scalars = {s.name: values[s.name] for s in spec.scalars}
+        named = dict(zip([a.name for a in spec.outputs], outputs, strict=True))
+
+        def again(moved: Mapping[str, Array | None]) -> dict[str, Array]:
+            return dict(zip(named, run(spec, {**moved, **scalars}, "the call on other inputs"), strict=True))
+
+        local = certify(spec, inputs, scalars, named, again=again)
+        if exact and local.outcome == "pass":
+            for arg, output, oracle in zip(spec.outputs, outputs, spec.call(spec.oracle, values), strict=True):
+                sure = oracle if oracle.exact else Oracle(f32(oracle.y).astype(np.float64))
+                verdict = check(output, sure, arg_dtype(arg, spec.dtypes[self.dtype]))
+                if not verdict:
+                    text = f"{arg.name}: f32 computes this exactly, and {verdict.reason}"
+                    local = replace(local, outcome="fault", output=arg.name, ratio=verdict.worst, reason=text)
+                    local = replace(local, index=verdict.index, got=verdict.got, expected=verdict.expected)
+        return local
+
+    def variants(self, spec: Spec, values: Mapping[str, Any], outputs: Sequence[Array], number: int) -> None:
+        """Other ways to make the call, which must give the same bits. KernelFault if one does not."""
+        for i, layout in enumerate(LAYOUTS):
+            with using(threads=self.threads[(number + i) % len(self.threads)]):
+                found = run(spec, values, f"layout {layout}", layout, Guarded(at_start=True), POISONS[1 - i % 2])
+            _same(spec, f"layout {layout}", found, outputs)
+        for out in spec.outputs:
+            for source in out.may_alias:
+                title = f"{out.name} in the memory of {source}"
+                _same(spec, title, run(spec, values, title, in_place={out.name: source}), outputs)
+        for row, alone in _rows(spec, values, outputs):
+            title = f"row {row} alone"
+            _same(spec, title, run(spec, alone, title), [x[row : row + 1] for x in outputs])
+
+    def share(self, isa: str, values: Mapping[str, Any]) -> Result:
+        """A call that is large enough for several threads: certified, and the same bits for any number of them."""
+        spec, label, first = SPECS[self.op], f"{dims_label(SPECS[self.op].shared)}, shared by threads", None
+        local = Local("pass")
+        try:
+            with using(isa):
+                for threads in self.threads:
+                    for _ in range(REPEATS if threads > 1 else 1):
+                        title = f"{threads} threads"
+                        with using(threads=threads):
+                            outputs = run(spec, values, title, poison=POISONS[threads % 2])
+                        if first is None:
+                            first, local = outputs, self.certify(values, outputs)
+                        _same(spec, title, outputs, first)
+        except KernelFault as fault:
+            return self.result(isa, label, values, first, local, str(fault))
+        return self.result(isa, label, values, first, local)
+
+    def result(
+        self, isa: str, label: str, values: Mapping[str, Any], outputs: Any, local: Local, message: str = ""
+    ) -> Result:
+        """The result, with a file of the case if it failed and there is a folder for it."""
+        result = Result(self.op, self.dtype, isa, label, local, message)
+        if self.save is None or result.outcome == "pass" or outputs is None:
+            return result
+        from ._lib import num_threads
+        from .case import Case, save_case, versions
+
+        spec = SPECS[self.op]
+        file = Path(self.save) / f"{self.op}-{self.dtype}-{isa}-{label.replace(', ', '-').replace(' ', '-')}.npz"
+        case = Case(
+            op=self.op,
+            inputs={a.name: values[a.name] for a in spec.inputs_args},
+            scalars={s.name: values[s.name] for s in spec.scalars},
+            outputs=dict(zip([a.name for a in spec.outputs], outputs, strict=True)),
+            site=f"llaisys check, {label}",
+            isa=isa,
+            threads=num_threads(),
+            versions=versions(),
+        )
+        save_case(file, case)
+        return replace(result, file=str(file))
+
+
+def _same(spec: Spec, title: str, found: Sequence[Array], expected: Sequence[Array]) -> None:
+    for arg, a, b in zip(spec.outputs, found, expected, strict=True):
+        if not same_bits(a, b):
+            bits = np.dtype(f"V{a.dtype.itemsize}")
+            x, y = (np.ascontiguousarray(z).reshape(-1).view(bits) for z in (a, b))
+            other = np.flatnonzero(x != y)
+            where = tuple(int(i) for i in np.unravel_index(int(other[0]), a.shape))
+            raise KernelFault(
+                f"{title}: {arg.name}: {len(other)} of {a.size} elements have other bits, the first at {where}: "
+                f"expected {b[where].item()!r}, found {a[where].item()!r}"
+            )
+
+
+def _rows(spec: Spec, values: Mapping[str, Any], outputs: Sequence[Array]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The first, a middle and the last row of a call with several, each as a call of its own."""
+    letters = shape_letters(spec)
+    lead = "..." if "..." in letters else "T"
+    own = [a.name for a in spec.inputs_args if a.shape.split()[0] == lead and values[a.name] is not None]
+    if outputs[0].ndim == 0 or any(values[name].ndim < 2 and lead == "..." for name in own):
+        return  # elementwise operators of one axis have no rows
+    count = len(outputs[0])
+    for row in sorted({0, count // 2, count - 1}) if count > 1 and ROWS else ():
+        alone = {name: values[name][row : row + 1] for name in own}
+        if "S" in letters:
+            seen = len(values["k"]) - count + row + 1
+            alone |= {name: values[name][:seen] for name in "kv"}
+        yield row, {**values, **alone}
+
+
+# --------------------------------------------------------------- processes
+
+
+def _work(job: Job, skip: int, pipe: connection.Connection) -> None:
+    """In a process of its own: ("begin", number, tier, label) and ("end", result) for each case, and ("done",)."""
+    try:
+        for number, (isa, label, examine) in enumerate(job.cases()):
+            if number >= skip:
+                pipe.send(("begin", number, isa, label))
+                pipe.send(("end", examine()))
+        pipe.send(("done",))
+    except Exception:  # not the library's fault, but ours
+        pipe.send(("error", traceback.format_exc()))
+
+
+@dataclass
+class _Worker:
+    job: Job
+    process: Any
+    pipe: connection.Connection
+    crashes: int = 0
+    number: int = -1
+    isa: str = ""
+    label: str = "loading the library"
+    since: float = 0.0
+
+
+def _start(job: Job, skip: int, crashes: int = 0) -> _Worker:
+    context = get_context("fork")  # so that every case starts with what is loaded already
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(job, skip, there), daemon=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # that forking with threads is dangerous: it is made for it
+        process.start()
+    there.close()
+    return _Worker(job, process, here, crashes, skip - 1, since=time.monotonic())
+
+
+def conformance(jobs: Sequence[Job], workers: int = 2, timeout: float = TIMEOUT) -> Iterator[Result]:
+    """The results of all cases of `jobs`, as they come, from `workers` processes at a time."""
+    waiting, active = deque(jobs), list[_Worker]()
+    try:
+        while waiting or active:
+            while waiting and len(active) < workers:
+                active.append(_start(waiting.popleft(), 0))
+            ready = connection.wait([w.pipe for w in active], 1.0)
+            for worker in list(active):
+                if worker.pipe in ready:
+                    yield from _receive(worker, active)
+                elif time.monotonic() - worker.since > timeout:
+                    worker.process.kill()
+                    yield from _failed(worker, active, f"no end within {timeout:g} s")
+    finally:
+        for worker in active:
+            worker.process.kill()
+            worker.process.join()
+
+
+def _receive(worker: _Worker, active: list[_Worker]) -> Iterator[Result]:
+    try:
+        message = worker.pipe.recv()
+    except (EOFError, OSError):
+        worker.process.join()
+        code = worker.process.exitcode
+        yield from _failed(worker, active, f"crashed with {_signal_name(-code)}" if code < 0 else f"exit status {code}")
+        return
+    worker.since = time.monotonic()
+    if message[0] == "begin":
+        worker.number, worker.isa, worker.label = message[1:]
+    elif message[0] == "end":
+        yield message[1]
+    elif message[0] == "error":
+        raise InternalError(f"{worker.job.op} {worker.job.dtype} {worker.isa}: {worker.label}: {message[1]}")
+    else:
+        worker.process.join()
+        active.remove(worker)
+
+
+def _failed(worker: _Worker, active: list[_Worker], text: str) -> Iterator[Result]:
+    """The result of a case that killed its process; the cases behind it go on in another."""
+    job = worker.job
+    worker.process.join()
+    active.remove(worker)
+    crashes = worker.crashes + 1
+    if crashes == CRASHES:
+        text += f"; {job.op} in {job.dtype} is given up after {crashes} of these"
+    else:
+        active.append(_start(job, worker.number + 1, crashes))
+    yield Result(job.op, job.dtype, worker.isa, worker.label, Local("fault", reason=text), text)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def tiers() -> tuple[str, ...]:
+    """The tiers of the library, asked in a process of its own. LibraryError if that does not answer."""
+    context = get_context("fork")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_tiers, args=(there,), daemon=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        process.start()
+    there.close()
+    try:
+        if not here.poll(TIMEOUT):
+            raise LibraryError(f"the library does not answer: expected its tiers within {TIMEOUT:g} s, found nothing")
+        answer = here.recv()
+    except EOFError:
+        process.join()
+        found = _signal_name(-process.exitcode) if process.exitcode else "nothing"
+        raise LibraryError(f"the library cannot be used: expected its tiers, found {found}") from None
+    finally:
+        process.kill()
+        process.join()
+    if isinstance(answer, LlaisysError):
+        raise answer
+    return tuple(answer)
+
+
+def _tiers(pipe: connection.Connection) -> None:
+    from ._lib import isas
+
+    try:
+        pipe.send(isas())
+    except LlaisysError as error:
+        pipe.send(error)
+
+
+def plan(
+    ops: Sequence[str], dtypes: Sequence[str], isas: Sequence[str], threads: int | None, save: str | None
+) -> list[Job]:
+    """The jobs for some operators (all if none is named) and dtypes, the long ones first."""
+    unknown = [op for op in ops if op not in SPECS]
+    if unknown:
+        raise InvalidArgumentError(f"op: expected one of {', '.join(SPECS)}, found {unknown[0]!r}")
+    counts = (threads,) if threads else THREADS
+    jobs = [
+        Job(op, dtype, tuple(isas), counts, save)
+        for op in (ops or SPECS)
+        for dtype in SPECS[op].dtypes
+        if not dtypes or dtype in dtypes
+    ]
+    return sorted(jobs, key=lambda job: "S" not in shape_letters(SPECS[job.op]))
