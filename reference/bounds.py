@@ -102,8 +102,9 @@ def rounding_point(y: Array, a: Array | float, dtype: np.dtype[Any]) -> tuple[Ar
     low, high = nearest(np.where(sure, y - a, y), dtype), nearest(np.where(sure, y + a, y), dtype)
     known = (low == high) | ~sure
     both = np.isfinite(low) & np.isfinite(high)
-    middle = np.where(known, low, np.where(both, (low + high) / 2, y))
-    return middle, np.where(known, 0.0, np.where(both, (high - low) / 2, np.inf))
+    with np.errstate(invalid="ignore"):
+        middle = np.where(known, low, np.where(both, (low + high) / 2, y))
+        return middle, np.where(known, 0.0, np.where(both, (high - low) / 2, np.inf))
 
 
 def nearest(x: Array, dtype: np.dtype[Any]) -> Array:

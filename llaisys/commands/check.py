@@ -74,20 +74,20 @@ def check(
         _write(as_json, results)
     if as_json is None or str(as_json) != "-":
         render(results)
-    if not any(result.local.checked for result in results):
-        raise typer.Exit(EXIT_NOTHING)
     if any(result.outcome != "pass" for result in results):
         raise typer.Exit(EXIT_FAULT)
+    if not any(result.local.checked for result in results):
+        raise typer.Exit(EXIT_NOTHING)
 
 
 def _captured(path: Path, ops: Sequence[str], dtype: str | None) -> Iterable[Result]:
     """Certificates of the captured outputs of a case or trace. What was captured is not run again."""
-    from ..case import load_case
     from ..certify import certify
     from ..conformance import Result
     from ..reference.binding import describe
+    from .replay import open_case
 
-    case = load_case(path)
+    case = open_case(path)
     kind = next(
         describe(x)[1]
         for a in case.spec.inputs_args
@@ -156,11 +156,11 @@ def render(results: Sequence[Result]) -> None:
         if len(failed) > TOLD:
             console.print(f"  and {len(failed) - TOLD} more of {op} {dtype}", style="dim")
     faults, suspects = (sum(r.outcome == kind for r in results) for kind in ("fault", "suspect"))
-    if not any(result.local.checked for result in results):
-        console.print("[yellow]nothing was checked[/]")
-    elif faults or suspects:
+    if faults or suspects:
         parts = [f"{n} {kind}" for n, kind in ((faults, "wrong"), (suspects, "suspect")) if n]
         console.print(f"[red]{' and '.join(parts)}[/] of {len(results)} cases")
+    elif not any(result.local.checked for result in results):
+        console.print("[yellow]nothing was checked[/]")
     else:
         console.print(f"[green]all {len(results)} cases keep to the contract[/]")
 

@@ -10,6 +10,7 @@ import typer
 from .common import Isa, command, printable
 
 if TYPE_CHECKING:
+    from ..case import Case
     from ..certify import Local
     from ..replay import Replay
 
@@ -31,14 +32,9 @@ def replay(
     twin against the oracle. Exit status 0 if what the kernel gives now is right, 1 if not, 2 if nothing was checked.
     """
     from .. import set_isa, set_num_threads
-    from ..case import load_case
-    from ..errors import CaseError
     from ..replay import replay as run
 
-    try:
-        captured = load_case(case)
-    except OSError as error:
-        raise CaseError(file=case, field="file", expected="a case", found=error.strerror or str(error)) from None
+    captured = open_case(case)
     if isa is not None:
         set_isa(isa.value)
     if threads is not None:
@@ -49,6 +45,17 @@ def replay(
         raise typer.Exit(EXIT_NOTHING)
     if not result.native:
         raise typer.Exit(EXIT_FAULT)
+
+
+def open_case(path: Path) -> Case:
+    """The case of a file. CaseError if it cannot be read, too."""
+    from ..case import load_case
+    from ..errors import CaseError
+
+    try:
+        return load_case(path)
+    except OSError as error:
+        raise CaseError(file=path, field="file", expected="a case", found=error.strerror or str(error)) from None
 
 
 def render(result: Replay) -> None:

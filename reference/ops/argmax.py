@@ -87,6 +87,8 @@ SPEC = Spec(
         Probe(
             "signed zeros", {"...": (3,), "V": 33}, lambda v: {"x": np.where(v["x"] < 0, 0, -0.0).astype(v["x"].dtype)}
         ),
+        Probe("ties far apart", {"...": (2,), "V": 50021}, lambda v: with_values(v, (50, 9), (20003, 9), (50020, 9))),
+        Probe("NaN far apart", {"...": (2,), "V": 50021}, lambda v: with_values(v, (20003, np.nan), (50020, np.nan))),
         Probe("ties lanes apart", {"...": (8,), "V": 137}, lanes_apart),
         *(Probe(f"ends of {v}", {"...": (5,), "V": v}, only_at_the_ends) for v in (8, 9, 17, 33, 71)),
         Probe("ties", {"...": (3,), "V": 65}, lambda v: with_values(v, (7, 9), (8, 9), (64, 9))),
