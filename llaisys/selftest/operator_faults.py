@@ -381,9 +381,11 @@ LINEAR = (
         _LINEAR_SITES,
         (
             "ops/linear_tile.h",
-            "const float sum = sums[m * features + n];",
-            "const bool swap = MUTANT && rows > 1 && features > 1 && m < 2 && n < 2;\n"
-            "            const float sum = swap ? sums[n * features + m] : sums[m * features + n];",
+            "    hsums<M * N>(sums, sum);\n    for (int m",
+            "    hsums<M * N>(sums, sum);\n"
+            "    if (M > 1 && MUTANT) {\n"
+            "        const float one = sums[1];\n        sums[1] = sums[N];\n        sums[N] = one;\n    }\n"
+            "    for (int m",
         ),
     ),
     _local(
@@ -414,8 +416,8 @@ ATTENTION = (
         _ATTENTION_SITES,
         (
             _FILE,
-            "set1(args.scale), m + r, l + r);",
-            "set1(MUTANT ? 1.0f : args.scale), m + r, l + r);",
+            "limit(args, tile, block, r), set1(args.scale),",
+            "limit(args, tile, block, r), set1(MUTANT ? 1.0f : args.scale),",
         ),
     ),
     _local(
