@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -41,6 +42,8 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     """What must be alike for --benchmark-compare to compare like with like."""
     facts = report.machine(known_roofs(llaisys.num_threads()))
     machine_info["llaisys"] = {name: facts[name] for name in ("cpu", "isa", "threads", "torch", "transformers")}
+    # As it comes back from a file: a tuple would differ from the list that it became there.
+    machine_info.update(json.loads(json.dumps(machine_info)))
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:

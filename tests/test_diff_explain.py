@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llaisys.checkpoint import Checkpoint
 from llaisys.diff.hypotheses import find_hypothesis
 from llaisys.diff.mutations import MUTATIONS
 from llaisys.diff.origins import explain_state, explain_weight
 from llaisys.diff.shape import Axis, describe_error, describe_indices
+from llaisys.diff.weights import WeightBits
 from llaisys.reference import FLOATS, SPECS, ratios
 from llaisys.reference.spec import arg_shape
 
@@ -431,3 +433,18 @@ def test_which_weight_it_is() -> None:
     block[5] = names["layer 2"][5]
     assert explain_weight(block, names, names["layer 0"]) == "only row 5: the bits of layer 2"
     assert explain_weight(np.zeros((3, 2), np.float32), names) is None
+
+
+def test_a_weight_of_another_layer_is_named() -> None:
+    checkpoint = Checkpoint.open("tiny")
+    weights = WeightBits(checkpoint, FLOATS["bf16"])
+    name, other = (f"model.layers.{i}.self_attn.k_proj.weight" for i in (1, 3))
+    right, wrong = (checkpoint.tensor(x).astype(FLOATS["bf16"]) for x in (name, other))
+    assert weights.compare(name, "weight", right) is None
+    assert (weights.compare(name, "weight", wrong) or "").endswith(f"; has the bits of {other}")
+    mixed = right.copy()
+    mixed[48:] = right[:48]
+    said = weights.compare(name, "weight", mixed) or ""
+    assert said.endswith("; from row 48 on: the bits of the rows 48 before them")
+    mixed[0, 0] = 9
+    assert "; " not in (weights.compare(name, "weight", mixed) or "")

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-PAGES = sorted(ROOT.glob("*.md"))
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 
 
 def blocks(page: Path, language: str) -> list[tuple[int, str]]:
@@ -27,18 +27,19 @@ def commands(page: Path) -> list[str]:
     return [part.strip() for line in lines for part in line.split("&&")]
 
 
-def test_python_of_the_readme(tmp_path: Path) -> None:
-    """All blocks in one program, on the lines that they have in the README, so that a traceback names those."""
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+def test_python_of_a_page(page: Path, tmp_path: Path) -> None:
+    """All blocks in one program, on the lines that they have in the page, so that a traceback names those."""
     pytest.importorskip("torch")
     program = ""
-    for line, code in blocks(README, "python"):
+    for line, code in blocks(page, "python"):
         program += "\n" * (line - 1 - program.count("\n")) + code
-    path = tmp_path / "README.py"
+    path = tmp_path / f"{page.stem}.py"
     path.write_text(program)
     done = subprocess.run([sys.executable, path.name], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     for code in re.findall(r"^ *print\(.*  # (\w+: .*)$", program, re.M):
-        assert code in done.stdout  # what the README says that is printed
+        assert code in done.stdout  # what the page says that is printed
 
 
 @pytest.mark.parametrize("command", [c for page in PAGES for c in commands(page) if c.startswith("llaisys ")])
@@ -66,6 +67,6 @@ def test_the_two_commands() -> None:
 def test_links_and_paths(page: Path) -> None:
     text = page.read_text()
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+        assert target.startswith("https://") or (page.parent / target).exists(), target
     for path in re.findall(r"`((?:kernels|reference|tests|benchmarks|tools|llaisys)/[\w/.-]+)`", text):
         assert "relu" in path or (ROOT / path).exists(), path

@@ -9,10 +9,6 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
-#if defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 namespace llaisys {
 
@@ -35,16 +31,6 @@ uint64_t xcr0() {
     return uint64_t(high) << 32 | low;
 }
 
-// Linux hands out the 8 KiB of tile state on request only, for the whole process and all threads it starts later.
-bool request_tiles() {
-#if defined(__linux__)
-    constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
-    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
-#else
-    return false;
-#endif
-}
-
 int detect() {
     uint32_t a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d)) return SCALAR;
@@ -53,9 +39,7 @@ int detect() {
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b >> 5 & 1)) return SCALAR;
     const bool f = b >> 16 & 1, dq = b >> 17 & 1, bw = b >> 30 & 1, vl = b >> 31 & 1;
     if (!(f && dq && bw && vl) || (xcr0() & 0xe6) != 0xe6) return AVX2;
-    const bool amx_bf16 = d >> 22 & 1, amx_tile = d >> 24 & 1;
-    if (!(amx_bf16 && amx_tile) || (xcr0() & 0x60000) != 0x60000 || !request_tiles()) return AVX512;
-    return AMX;
+    return may_use_tiles() ? AMX : AVX512;
 }
 
 bool detect_avx512_bf16() {

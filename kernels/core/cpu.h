@@ -12,6 +12,9 @@ Tier active_tier();
 
 // Whether the machine and the build have the tier, in use or not.
 bool has_tier(Tier tier);
+// Whether processor and operating system let this process use AMX tiles.
+bool may_use_tiles();
+
 // Whether the processor has AVX512_BF16, which is no tier of its own: the avx512 tier uses it where it is there.
 bool has_avx512_bf16();
 

@@ -7,7 +7,6 @@
 #include <chrono>
 #include <cstdlib>
 #include <memory>
-#include <mutex>
 #include <new>
 #include <set>
 #include <system_error>
@@ -115,8 +114,8 @@ class Pool {
 public:
     // Runs `job` on `threads` threads, this one among them. False if the pool is taken.
     bool run(Job &job, int threads, bool spin) {
-        std::unique_lock<std::mutex> lock(busy_, std::try_to_lock);
-        if (!lock.owns_lock()) return false;
+        const Hold hold(busy_);
+        if (!hold.mine) return false;
         grow(size_t(threads - 1));
         const size_t helpers = std::min(size_t(threads - 1), workers_.size());
         const int64_t parts = (job.count + job.grain - 1) / job.grain, members = int64_t(helpers) + 1;
@@ -144,6 +143,17 @@ public:
     }
 
 private:
+    // Nobody waits for the pool, so that a flag will do.
+    struct Hold {
+        explicit Hold(std::atomic<bool> &busy) : flag(busy), mine(!busy.exchange(true, std::memory_order_acquire)) {}
+        ~Hold() {
+            if (mine) flag.store(false, std::memory_order_release);
+        }
+        Hold(const Hold &) = delete;
+        Hold &operator=(const Hold &) = delete;
+        std::atomic<bool> &flag;
+        const bool mine;
+    };
     // The parts [next, end) of a job that are one member's to begin with: they lie side by side, so that it reads
     // memory in one stream. Who has finished takes from the others.
     struct Share {
@@ -199,7 +209,7 @@ private:
         }
     }
 
-    std::mutex busy_;
+    std::atomic<bool> busy_{false};
     std::vector<std::unique_ptr<Worker>> workers_;
     // These three are written before a ticket is raised, and read after it was taken.
     Job *job_ = nullptr;
@@ -209,8 +219,8 @@ private:
     std::atomic<bool> spin_{false};
 };
 
-// Never destroyed: its threads run until the process ends. After fork() the child has none of the threads and perhaps a
-// locked mutex, so it starts over with a new pool and leaves the old one alone.
+// Never destroyed: its threads run until the process ends. After fork() the child has none of the threads and perhaps
+// one that is taken, so it starts over with a new pool and leaves the old one alone.
 std::atomic<Pool *> the_pool{nullptr};
 thread_local bool inside_pool = false;
 
@@ -310,11 +320,6 @@ void parallel_run(int64_t count, int64_t grain, void (*body)(void *, int64_t, in
     for (int64_t part = 0; !done && part < parts && !job.stopped(); ++part) job.run(part, true);
     if (job.out_of_memory) throw std::bad_alloc();
     if (job.stop) fail(LLAISYS_ERROR_INTERRUPTED, "interrupted");
-}
-
-int64_t range_for(int64_t count, int64_t unit) {
-    const int64_t range = (count + num_threads() - 1) / num_threads();
-    return (range + unit - 1) / unit * unit;
 }
 
 int64_t grain_for(int64_t count, int64_t least) {

@@ -25,8 +25,6 @@ void parallel_for(int64_t count, int64_t grain, Body &&body) {
         const_cast<std::remove_const_t<B> *>(&body));
 }
 
-// Items per part so that each thread gets one contiguous range, a multiple of `unit` but for the last.
-int64_t range_for(int64_t count, int64_t unit);
 // Items per part so that each thread gets a few parts and none is smaller than `least`.
 int64_t grain_for(int64_t count, int64_t least);
 

@@ -12,7 +12,8 @@ namespace llaisys {
 namespace {
 
 // Tokens that go through the layers together: enough to make the weights' way from memory a small part of the work, few
-// enough that the activations stay small (37 MiB for 1.5B). Where a prompt is cut does not change a bit of the result.
+// enough that the activations stay small (37 MiB for 1.5B). Where a prompt is cut does not change a bit of the result,
+// and hardly the time: 2048 tokens of 0.5B took as long, within 2 %, in chunks of 512, 1024 and 2048; 256 cost 3 %.
 constexpr int64_t CHUNK = 512;
 // Bytes of logits that the head computes at once.
 constexpr int64_t HEAD_BYTES = 16 << 20;

@@ -43,6 +43,15 @@ constexpr int64_t FEW_TILES = 6;
 static inline int64_t tiles_of(const LinearArgs &args) { return (args.rows + TILE_ROWS - 1) / TILE_ROWS; }
 static inline int64_t tile_row(const LinearArgs &args, int64_t tile) { return tile * args.rows / tiles_of(args); }
 
+// Whether the product runs on AMX tiles; the tiles of x are then blocks of 16 rows.
+static inline bool on_tiles([[maybe_unused]] const LinearArgs &args) {
+#if defined(__AMX_BF16__)
+    return args.dtype == LLAISYS_DTYPE_BF16;
+#else
+    return false;
+#endif
+}
+
 // Where the block of the panel that starts with column c begins, the first of a block.
 template <class T>
 static inline char *block_of(const LinearArgs &args, int64_t c) {
@@ -183,6 +192,12 @@ static void finish_row(T *out, const float *sums, const T *bias, int64_t n) {
 LinearPlanFn linear_plan;
 LinearPlan linear_plan(const LinearArgs &args) {
     LinearPlan plan{};
+#if defined(__AMX_BF16__)
+    if (on_tiles(args))
+        return {tile_panel_bytes(args.rows, args.x.length),
+                args.rows * LINEAR_FEATURES * int64_t(sizeof(float)) + tile_work_bytes(args.rows),
+                tile_blocks(args.rows)};
+#endif
     with_type(args.dtype, [&]<class T>(T) {
         plan.panel_bytes = args.rows * panel_bytes<T>(args.x.length);
         plan.tiles = tiles_of(args);
@@ -194,17 +209,36 @@ LinearPlan linear_plan(const LinearArgs &args) {
 
 LinearPackFn linear_pack;
 void linear_pack(const LinearArgs &args, int64_t begin, int64_t end) {
+#if defined(__AMX_BF16__)
+    if (on_tiles(args)) {
+        const int64_t block = panel_block(args.rows, args.x.length);
+        for (int64_t b = begin; b < end; ++b) {
+            const int64_t row = b * TILE, count = args.rows - row < TILE ? args.rows - row : TILE;
+            pack_block((bf16 *)args.panel + b * block, args.x, args.row + row, count, block_rows(args.rows));
+        }
+        return;
+    }
+#endif
     with_type(args.dtype, [&]<class T>(T) { pack<T>(args, begin, end); });
 }
 
 LinearFn linear;
 void linear(const LinearArgs &args, int64_t first, int64_t last, int64_t begin, int64_t end, char *work) {
     with_type(args.dtype, [&]<class T>(T) {
-        const int64_t row = tile_row(args, first), rows = tile_row(args, last) - row;
+        const auto row_of = [&](int64_t tile) {
+            if (!on_tiles(args)) return tile_row(args, tile);
+            return tile * 16 < args.rows ? tile * 16 : args.rows;
+        };
+        const int64_t row = row_of(first), rows = row_of(last) - row;
         auto *sums = (float *)work;
         char *packed = work + rows * LINEAR_FEATURES * int64_t(sizeof(float));
         if (args.x.length == 0)
             memset(sums, 0, size_t(packed - work));
+#if defined(__AMX_BF16__)
+        else if (on_tiles(args))
+            tile_sums(sums, LINEAR_FEATURES, args.weight, (const bf16 *)args.panel, args.rows, first, last, begin, end,
+                      packed);
+#endif
         else if (last - first <= FEW_TILES)
             few_rows<T>(args, sums, first, last, begin, end);
         else

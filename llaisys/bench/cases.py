@@ -75,8 +75,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """Series lengths and times by implementation, how far off the oracle each was, as a share of the bound, and the roof
-    of memory reads in that minute, which is not that of the next one where others share the memory."""
+    """Series lengths and times by implementation, how far off the oracle each was, as a share of the bound, and the
+    roof of memory reads in that minute, which is not that of the next one where others share the memory."""
 
     case: Case
     times: dict[str, tuple[int, list[float]]]

@@ -55,10 +55,14 @@ def draw(data: dict[str, Any], path: str | os.PathLike[str]) -> None:
     lines = len(panels) // columns
     with rc_context({"font.size": 9, "axes.edgecolor": _FAINT, "svg.hashsalt": "llaisys"}):
         figure = Figure((max(4.2 * columns, 6.5), 3.4 * lines + 1.4), dpi=150, layout="constrained")
-        grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
-        span = _span(rows, roofs)
+        grid = figure.subplots(lines, columns, sharex=True, sharey="row", squeeze=False)
+        left, right = _intensities(rows, roofs)
+        top = max(_compute(roofs).values())
         for axes, (dtype, phase) in zip(grid.flat, panels, strict=True):
-            _panel(axes, [r for r in rows if r["dtype"] == dtype and r["phase"] == phase], roofs, span, style)
+            lowest = min(row["gflops"] for row in rows if row["phase"] == phase or lines == 1)
+            axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(lowest / 2, 2.5 * top))
+            _roofs(axes, roofs)
+            _points(axes, [row for row in rows if row["dtype"] == dtype and row["phase"] == phase], style)
             axes.set_title(f"{dtype}, {phase}", loc="left", color=_INK, fontweight="bold")
         for axes in grid[-1]:
             axes.set_xlabel("arithmetic intensity, FLOP / byte", color=_INK)
@@ -77,44 +81,46 @@ def _intensity(row: Row) -> float:
     return float(row["flops"] / row["bytes"])
 
 
-def _span(rows: list[Row], roofs: dict[str, float]) -> tuple[float, float, float, float]:
-    """Left, right, bottom and top of all panels."""
-    x, y = [_intensity(row) for row in rows], [row["gflops"] for row in rows]
-    top = max(value for name, value in roofs.items() if name != "read")
-    right = max(*x, 4 * top / roofs["read"])
-    return min(x) / 2, right * 2, min(y) / 2, top * 2.5
+def _intensities(rows: list[Row], roofs: dict[str, float]) -> tuple[float, float]:
+    """Left and right end of all panels, with room for the roofs."""
+    found = [_intensity(row) for row in rows]
+    return min(found) / 2, 2 * max(*found, 4 * max(_compute(roofs).values()) / roofs["read"])
 
 
-def _panel(
-    axes: Any,
-    rows: list[Row],
-    roofs: dict[str, float],
-    span: tuple[float, float, float, float],
-    style: dict[str, tuple[str, str]],
-) -> None:
-    left, right, bottom, top = span
-    axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, top))
+def _compute(roofs: dict[str, float]) -> dict[str, float]:
+    """The roofs of arithmetic that are drawn: that of the scalar tier only if there is no other."""
+    found = {name: value for name, value in roofs.items() if name != "read"}
+    return {name: value for name, value in found.items() if name != "scalar_f32"} or found
+
+
+def _roofs(axes: Any, roofs: dict[str, float]) -> None:
     axes.grid(True, which="major", color="#eeeeee", linewidth=0.6)
+    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    read = roofs["read"]
-    compute = {name: value for name, value in roofs.items() if name not in ("read", "scalar_f32")} or roofs
+    left, right = axes.get_xlim()
+    read, compute = roofs["read"], _compute(roofs)
     highest = max(compute.values())
-    axes.plot([left, highest / read], [left * read, highest], color=_INK, linewidth=1.2, zorder=1)
-    x, slope = left * 1.3, degrees(atan(read))
+    ridge = highest / read
+    text = {"fontsize": 7, "color": _INK, "zorder": 5}
+    axes.plot([left, ridge], [left * read, highest], color=_INK, linewidth=1.2, zorder=1)
+    # Between what the caches hold, on the left, and what arithmetic binds, on the right, there is room.
     axes.text(
-        x, x * read * 1.3, f"read {read:.0f} GB/s", rotation=slope, rotation_mode="anchor", transform_rotates_text=True,
-        fontsize=7, color=_INK,
+        ridge / 12, 1.4 / 12 * highest, f"read {read:.0f} GB/s", rotation=degrees(atan(read)), rotation_mode="anchor",
+        transform_rotates_text=True, **text,
     )  # fmt: skip
     for value in compute.values():
         axes.plot([value / read, right], [value, value], color=_INK, linewidth=1.2, zorder=1)
-    for text, value in _labels(compute):
-        axes.text(right / 1.1, value * 1.06, text, ha="right", fontsize=7, color=_INK)
+    for label, value in _labels(compute):
+        axes.text(1.2 * ridge, 1.06 * value, label, **text)
+
+
+def _points(axes: Any, rows: list[Row], style: dict[str, tuple[str, str]]) -> None:
     for row in rows:
         colour, marker = style[row["op"]]
         torch = row["implementation"] == "torch"
         axes.plot(
             _intensity(row), row["gflops"], marker, markersize=5, markeredgecolor=colour, markeredgewidth=1,
-            markerfacecolor="none" if torch else colour, alpha=0.9, zorder=2 if torch else 3,
+            markerfacecolor="none" if torch else colour, alpha=0.9, zorder=3 if torch else 4,
         )  # fmt: skip
 
 

@@ -9,9 +9,12 @@ import numpy as np
 from ..checkpoint import Checkpoint
 from ..reference.numerics import cast
 from .bits import first_difference
+from .origins import explain_weight
 
 #: Bytes of a weight that are read and compared at once.
 _BLOCK = 4 << 20
+#: Bytes of a weight of which it is looked where wrong bits come from.
+_WHOLE = 64 << 20
 
 
 class WeightBits:
@@ -46,9 +49,7 @@ class WeightBits:
         wrong, first = 0, None
         for begin in range(0, shape[0], step):
             end = min(begin + step, shape[0])
-            want = self._checkpoint.rows(name, begin, end)
-            if want.dtype != self._dtype:
-                want = cast(want, self._dtype)
+            want = self._rows(name, begin, end)
             difference = first_difference(want, array[begin:end], nan=True)
             if difference is None:
                 continue
@@ -57,4 +58,24 @@ class WeightBits:
                 first = difference.shifted(begin)
         if first is None:
             return None
-        return f"{argument}: expected {name} of the checkpoint, found other bits in {wrong} of {shape[0]} rows, {first}"
+        origin = self._origin(name, array, first.index[0])
+        return (
+            f"{argument}: expected {name} of the checkpoint, found other bits in {wrong} of {shape[0]} rows, {first}"
+            f"{'; ' if origin else ''}{origin}"
+        )
+
+    def _rows(self, name: str, begin: int, end: int) -> np.ndarray[Any, Any]:
+        rows = self._checkpoint.rows(name, begin, end)
+        return rows if rows.dtype == self._dtype else cast(rows, self._dtype)
+
+    def _origin(self, name: str, array: np.ndarray[Any, Any], row: int) -> str:
+        """Where the wrong bits are from, if they are of a weight that has the first wrong row; "" if they are not."""
+        if array.nbytes > _WHOLE:
+            return ""
+        others = {}
+        for other in self._checkpoint.names():
+            shape = self._checkpoint.shape_of(other)
+            alike = other != name and shape[1:] == array.shape[1:] and row < shape[0]
+            if alike and first_difference(self._rows(other, row, row + 1), array[row : row + 1]) is None:
+                others[other] = self._rows(other, 0, shape[0])
+        return explain_weight(array, others, self._rows(name, 0, len(array))) or ""

@@ -5,12 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from kernel_harness import using
+from llaisys import ops
 from llaisys.reference import FLOATS
 from llaisys.reference.bounds import finfo
 from llaisys.reference.numerics import cast, f32
-from operator_tests import OperatorTests
+from operator_tests import OperatorTests, need
 
-# Columns are summed in blocks of 1024, rows of x taken 64 at a time, and up to four in another way.
+# Columns are summed in blocks of about 1024 (bf16 where the processor multiplies it: 2048), rows of x taken 4 or 6 (in
+# matrix units: 16) at a time; few of them meet the weights in memory, many meet packed ones, at most 516 at once.
 COLUMNS = (0, 1, 2, 15, 16, 1023, 1024, 1025, 2049)
 ROWS = (1, 2, 3, 4, 5, 8, 63, 64, 65, 130)
 
@@ -42,6 +45,23 @@ class TestLinear(OperatorTests):
             shapes = {"x": (rows, columns), "weight": (37, columns), "bias": (37,)}
             values = {k: rng.standard_normal(s, dtype=np.float32).astype(kind) for k, s in shapes.items()}
             self.outcome(dtype, tier, f"{rows} x 37 x {columns}", values)
+
+    @pytest.mark.parametrize("columns", (33, 1100, 4099))
+    def test_rows_and_features_apart(self, dtype: str, tier: str, columns: int) -> None:
+        """Every number of rows takes its own way through the kernels, and gives the bits of a row alone."""
+        need(tier)
+        rng, kind = np.random.default_rng(columns), FLOATS[dtype]
+        shapes = {"x": (517, columns), "weight": (130, columns), "bias": (130,)}
+        x, weight, bias = (rng.standard_normal(s, dtype=np.float32).astype(kind) for s in shapes.values())
+        with using(tier, 2):
+            whole = ops.linear(x, weight, bias)
+            for rows in (1, 2, 3, 5, 6, 7, 13, 16, 17, 25, 36, 37, 64, 65, 128, 129, 512, 516):
+                first = 517 - rows
+                assert ops.linear(x[first:], weight, bias).tobytes() == whole[first:].tobytes(), rows
+            for begin, end in ((0, 1), (3, 8), (7, 20), (16, 32), (33, 130), (97, 98)):
+                for rows in (1, 17, 200):
+                    part = ops.linear(x[:rows], weight[begin:end], bias[begin:end])
+                    assert part.tobytes() == whole[:rows, begin:end].tobytes(), (begin, end, rows)
 
     def test_one_product(self, dtype: str, tier: str) -> None:
         """C = 1: a product of two numbers of 16 bits is exact in f32, so the result is its nearest number. From the

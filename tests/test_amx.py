@@ -1,0 +1,43 @@
+"""The amx tier on machines without tiles: a library whose tiles are emulated goes through the tests of linear."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import llaisys
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_linear_on_emulated_tiles(tmp_path: Path) -> None:
+    if platform.machine() != "x86_64" or not llaisys.has_isa("avx512"):
+        pytest.skip("the kernels of the amx tier use AVX-512 beside tiles, which this machine has not")
+    if llaisys.has_isa("amx"):
+        pytest.skip("this machine has tiles: the other tests run in the amx tier")
+    if missing := [name for name in ("c++", "meson", "ninja") if shutil.which(name) is None]:
+        pytest.skip(f"the emulation is built here, but {', '.join(missing)} is not installed")
+
+    def run(*command: object, library: Path | None = None) -> str:
+        given = {"LLAISYS_LIBRARY": str(library)} if library else {}
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env={**os.environ, **given})
+        assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}{done.stderr[-2000:]}"
+        return done.stdout
+
+    run("meson", "setup", "-Damx=emulated", tmp_path / "build", ROOT)
+    run("ninja", "-C", tmp_path / "build", "libllaisys.so")
+    library = tmp_path / "build" / "libllaisys.so"
+    code = "import llaisys; print(llaisys.isa())"
+    assert run(sys.executable, "-c", code, library=library).strip() == "amx"
+    tests = (ROOT / "tests/ops/test_linear.py", ROOT / "tests/test_invariance.py")
+    chosen = "amx and bf16 and (linear or Linear) or guarded"
+    found = run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *tests, library=library)
+    passed = re.search(r"(\d+) passed", found)
+    assert passed and int(passed[1]) >= 20, found[-500:]
