@@ -86,7 +86,7 @@ def save_case(path: str | os.PathLike[str], case: Case) -> None:
     header, arrays = encode(case)
     text = np.frombuffer(json.dumps(header, indent=1).encode(), np.uint8)
     with Path(path).open("wb") as file:
-        np.savez(file, header=text, **arrays)
+        np.savez(file, allow_pickle=False, **{"header": text, **arrays})
 
 
 def load_case(path: str | os.PathLike[str]) -> Case:

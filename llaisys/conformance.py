@@ -8,6 +8,7 @@ number of threads, in place, and of each row alone.
 
 from __future__ import annotations
 
+import faulthandler
 import signal
 import time
 import traceback
@@ -15,6 +16,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import connection, get_context
 from pathlib import Path
 from typing import Any
@@ -91,12 +93,12 @@ class Job:
         exact = {probe.label for probe in spec.probes if probe.exact}
         for number, (label, _, values) in enumerate(calls(spec, self.dtype)):
             for isa in self.isas:
-                yield isa, label, lambda a=(isa, label, values, label in exact, number): self.examine(*a)
+                yield isa, label, partial(self.examine, isa, label, values, label in exact, number)
         if spec.shared:
             rng = np.random.default_rng(1)
             values = spec.inputs(spec, rng, spec.shared, spec.dtypes[self.dtype])
             for isa in self.isas:
-                yield isa, f"{dims_label(spec.shared)}, shared by threads", lambda a=(isa, values): self.share(*a)
+                yield isa, f"{dims_label(spec.shared)}, shared by threads", partial(self.share, isa, values)
 
     def examine(self, isa: str, label: str, values: Mapping[str, Any], exact: bool, number: int) -> Result:
         """One case of the SPEC."""
@@ -225,6 +227,7 @@ def _rows(spec: Spec, values: Mapping[str, Any], outputs: Sequence[Array]) -> It
 
 def _work(job: Job, skip: int, pipe: connection.Connection) -> None:
     """In a process of its own: ("begin", number, tier, label) and ("end", result) for each case, and ("done",)."""
+    faulthandler.disable()  # what a crash is to be told, the parent tells
     try:
         for number, (isa, label, examine) in enumerate(job.cases()):
             if number >= skip:

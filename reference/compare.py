@@ -136,7 +136,7 @@ def _bias(output: Array, oracle: Oracle) -> tuple[float, float, float]:
         if np.abs(mean).max() > limit:
             # Equal values have equal errors: one of each, or a repeated row would count as evidence many times.
             _, first = np.unique(np.where(use, y, np.nan), return_index=True)
-            once = np.zeros(y.size, bool)
+            once: Array = np.zeros(y.size, bool)
             once[first] = use.reshape(-1)[first]
             once = once.reshape(y.shape)
             mean = sides[:, once[other]].sum(axis=-1) / max(int(np.count_nonzero(once)), 1)

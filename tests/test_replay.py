@@ -111,7 +111,7 @@ CHANGES: list[tuple[str, Callable[[Header], Any], str]] = [
     (
         "another dtype",
         lambda h: h | {"arrays": h["arrays"] | {"input.x": "f32"}},
-        "arrays.input.x: expected elements of",
+        "arrays.input.x: expected elements",
     ),
     ("bf16 as u16", lambda h: h | {"arrays": h["arrays"] | {"input.x": "u16"}}, "x: expected a valid call"),
     ("an absent input", lambda h: h | {"arrays": h["arrays"] | {"input.x": None}}, "arrays: expected"),

@@ -125,7 +125,7 @@ def render(results: Sequence[Result]) -> None:
     for result in results:
         found[result.op, result.dtype].append(result)
     others = [dtype for dtype in dict.fromkeys(r.dtype for r in results) if dtype not in FLOATS]
-    columns = {name: (name,) for name in FLOATS if any(r.dtype == name for r in results)}
+    columns: dict[str, tuple[str, ...]] = {name: (name,) for name in FLOATS if any(r.dtype == name for r in results)}
     columns |= {"others": tuple(others)} if others else {}
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("operator", no_wrap=True)

@@ -11,8 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from ..config import Qwen2Config
 from ..models import Qwen2
-from ..models.nodes import Node
+from ..models.nodes import Node, graph
+from ..models.reference import ReferenceModel
+from ..models.session import Session
 from ..reference.bounds import unit
 from ..reference.spec import FLOATS
 from .ledger import Array, Entry
@@ -60,14 +63,37 @@ def _tail(position: int, rows: Array, other: tuple[int, Array] | None) -> float 
     return relative(rows[-count:], other[1][-count:])
 
 
+class Borrowed:
+    """A reference model over weights that somebody else keeps, and that must live as long."""
+
+    def __init__(self, config: Qwen2Config, dtype: str, weights: Mapping[str, Array]) -> None:
+        self._config, self._model = config, ReferenceModel(config, FLOATS[dtype], {})
+        for name, weight in weights.items():
+            self._model.load(name, weight)
+
+    def session(self) -> Session:
+        """As `Qwen2.session`."""
+        return Session(self._model.session(), self._config, graph(self._config.num_hidden_layers))
+
+    def close(self) -> None:
+        """As `Qwen2.close`."""
+        self._model.close()
+
+
 class Context:
     """Runs the reference backend, and transformers if asked to, one step behind the native run."""
 
-    def __init__(self, model: str, dtype: str, oracle: str | None) -> None:
-        self.model = Qwen2(model, backend="reference", dtype=dtype)
+    def __init__(
+        self, path: str, config: Qwen2Config, dtype: str, weights: Mapping[str, Array] | None, oracle: str | None
+    ) -> None:
+        self.model: Qwen2 | Borrowed
+        if weights is None:
+            self.model = Qwen2(path, backend="reference", dtype=dtype)
+        else:
+            self.model = Borrowed(config, dtype, weights)
         self.session = self.model.session()
-        self.hf = Transformers(model, dtype, self.model.config.num_hidden_layers) if oracle == "hf" else None
-        self._path, self.dtype = model, dtype
+        self.hf = Transformers(path, dtype, config.num_hidden_layers) if oracle == "hf" else None
+        self._path, self.dtype = path, dtype
         self.drift: list[Drift] = []
         self.flips: list[Flip] = []
         self._native = Sample()

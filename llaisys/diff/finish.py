@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .._lib import isa
+from ..case import Case, save_case, versions
 from ..certify import certify
 from ..errors import LlaisysError
 from ..models.nodes import Node, as_outputs, kernel_function
 from ..reference import Spec, ratios
+from .bits import as_bits
 from .hypotheses import find_hypothesis
 from .ledger import Array, Entry, Ledger
 from .local import Certifier, row_bytes, rows_of
 from .prefix import INFER
-from .repeat import Again, Digests
+from .repeat import ANEW, Again, Digests
 from .report import Fault, Report
 from .shape import describe_error
 from .watch import Broken, Watch
@@ -38,7 +41,7 @@ def finish(runner: Runner, report: Report, folder: str | None) -> None:
         entry = runner.ledger.evidence.get((fault.site, fault.certificate))
         if entry is not None and entry.outputs and i < _DESCRIBED:
             runner.say("describing", fault.step, fault.site)
-            fault = _described(runner, fault, entry)
+            fault = _described(runner, fault, entry, report.faults)
             if folder is not None:
                 fault = replace(fault, reproducer=_reproducer(runner, fault, entry, folder))
         fault = _placed(runner, report, fault)
@@ -68,7 +71,7 @@ def _text(runner: Runner, tokens: list[int]) -> str:
 # ------------------------------------------------------------------ the error itself
 
 
-def _described(runner: Runner, fault: Fault, entry: Entry) -> Fault:
+def _described(runner: Runner, fault: Fault, entry: Entry, faults: Sequence[Fault]) -> Fault:
     """First wrong position, shape, and a hypothesis."""
     spec = entry.spec
     limit = max(1, runner.budget // max(1, row_bytes(entry)))
@@ -96,9 +99,23 @@ def _described(runner: Runner, fault: Fault, entry: Entry) -> Fault:
         return as_outputs(spec, spec.call(function, {**values, **scalars}))
 
     hypothesis = fault.hypothesis
+    unsteady = any(f.site == fault.site and f.certificate == "REPEAT" and ANEW in f.message for f in faults)
+    if hypothesis is None and unsteady and _changes(entry, rerun):
+        hypothesis = "not the same bits each time on the same inputs: a race, or memory that was not written"
     if hypothesis is None and fault.certificate == "LOCAL":
         hypothesis = find_hypothesis(spec, inputs, entry.scalars, outputs, wrong=masks, rerun=rerun)
     return replace(fault, shape=shape or fault.shape, hypothesis=hypothesis)
+
+
+def _changes(entry: Entry, rerun: Any) -> bool:
+    """Whether the operator by itself gives different bits from one time to another."""
+    first: Mapping[str, Array] | None = None
+    for _ in range(8):
+        found = rerun(dict(entry.inputs), dict(entry.scalars))
+        if first is not None and any(as_bits(found[name]).tobytes() != as_bits(first[name]).tobytes() for name in found):
+            return True
+        first = found
+    return False
 
 
 def _kernel(runner: Runner, site: str, spec: Spec) -> Any:
@@ -106,8 +123,28 @@ def _kernel(runner: Runner, site: str, spec: Spec) -> Any:
 
 
 def _reproducer(runner: Runner, fault: Fault, entry: Entry, folder: str) -> str | None:
-    """The file of the node, for `llaisys replay`."""
-    return None
+    """The file of the node, for `llaisys replay`; None if it cannot be written."""
+    path = Path(folder) / f"{fault.site}-step{fault.step}-{fault.certificate.lower()}.npz"
+    inputs = {arg.name: entry.inputs[arg.name] for arg in entry.spec.inputs_args}
+    case = Case(
+        fault.op,
+        inputs,
+        entry.scalars,
+        entry.outputs,
+        site=fault.site,
+        step=fault.step,
+        position=entry.position,
+        isa=isa(),
+        threads=runner.threads,
+        versions=versions(),
+    )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_case(path, case)
+    except OSError as error:
+        runner.notes.append(f"{path} could not be written: {error.strerror}")
+        return None
+    return str(path)
 
 
 def _placed(runner: Runner, report: Report, fault: Fault) -> Fault:
@@ -231,8 +268,3 @@ def describe_groups(faults: Sequence[Fault], layers: int) -> list[str]:
         for (name, certificate), found in groups.items()
         if len(found) > 1
     ]
-
-
-def case_name(fault: Fault) -> str:
-    """A file name for a fault."""
-    return f"{fault.site.replace(os.sep, '_')}-step{fault.step}-{fault.certificate.lower()}.npz"

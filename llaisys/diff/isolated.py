@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import selectors
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from .run import Progress
 
 #: Seconds without a sign of life after which a process is taken to hang.
 PATIENCE = 180.0
+_BLAS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def run_isolated(
@@ -42,8 +44,10 @@ def run_isolated(
     if "tokens" in values:
         values["tokens"] = [int(token) for token in values["tokens"]]
     begin = time.perf_counter()
+    # Nodes are certified in several threads, each with a BLAS of one thread: together they would wait for each other.
+    environment = {**dict.fromkeys(_BLAS, "1"), **os.environ}
     child = subprocess.Popen(
-        [sys.executable, "-m", "llaisys.diff.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-m", "llaisys.diff.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
     )
     last = ("loading", 0, "")
     try:

@@ -1,6 +1,8 @@
 """LOCAL: outputs against the f64 oracle, on the inputs that the engine gave the node.
 
-The engine runs on while nodes are certified in other threads.
+The engine runs on while nodes are certified in other threads. Widening a matrix of weights is most of the work on a
+product with few rows, and numpy's own time most of that on any other node with few: nodes of several decode steps wait
+for each other and are certified as one, where each row stands for itself.
 """
 
 from __future__ import annotations
@@ -10,13 +12,17 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
+
+import numpy as np
 
 from ..certify import Local, certify
 from ..models.nodes import Kernel, as_outputs, kernel_function
 from ..reference import Spec
 from .ledger import Array, Entry, Ledger
 
+#: Nodes of at most so many rows wait, until together they have so many.
+_FEW, _TOGETHER = 4, 16
 _SEVERITY = ("pass", "suspect", "fault")
 
 
@@ -35,43 +41,89 @@ class Certifier:
         self._budget = budget // workers
         self._pool = ThreadPoolExecutor(workers, "certify")
         self._pending: deque[Future[None]] = deque()
-        self._most = 2 * workers
+        self._most = 4 * workers
+        self._waiting: dict[str, list[Entry]] = {}
 
     def submit(self, entry: Entry) -> None:
         """Certify an entry, as soon as a thread is free. Waits while too many are under way."""
-        while len(self._pending) >= self._most:
-            self._pending.popleft().result()
-        self._pending.append(self._pool.submit(self._certify, entry))
+        if entry.rows > _FEW or entry.wiring.state or entry.wiring.tokens is not None:
+            self._start([entry])
+            return
+        waiting = self._waiting.setdefault(entry.site, [])
+        if waiting and not _alike(waiting[0], entry):
+            self._start(self._waiting.pop(entry.site))
+            waiting = self._waiting.setdefault(entry.site, [])
+        waiting.append(entry)
+        if sum(e.rows for e in waiting) >= _TOGETHER:
+            self._start(self._waiting.pop(entry.site))
 
     def drain(self) -> None:
-        """Wait for all. Raises what a thread raised."""
+        """Certify what waits, and wait for all. Raises what a thread raised."""
+        while self._waiting:
+            self._start(self._waiting.pop(next(iter(self._waiting))))
         while self._pending:
             self._pending.popleft().result()
+
+    def _start(self, entries: list[Entry]) -> None:
+        while len(self._pending) >= self._most:
+            self._pending.popleft().result()
+        self._pending.append(self._pool.submit(self._together, entries))
+
+    def _together(self, entries: list[Entry]) -> None:
+        if len(entries) > 1:
+            joined = _join(entries)
+            found, _ = certify_rows(joined, self._budget, self._again(joined))
+            if found.outcome == "pass":
+                for entry in entries:
+                    share = entry.rows / joined.rows
+                    self._note(entry, replace(found, checked=round(found.checked * share)), 0)
+                return
+        for entry in entries:  # one by one, so that it is known which is wrong
+            self._note(entry, *certify_rows(entry, self._budget, self._again(entry)))
 
     def close(self) -> None:
         """Drop what has not begun."""
         self._pool.shutdown(cancel_futures=True)
 
-    def _certify(self, entry: Entry) -> None:
+    def _again(self, entry: Entry) -> Callable[[dict[str, Array | None]], Mapping[str, Array]]:
+        """The kernel of the site, on other inputs."""
         function = kernel_function(self._kernels.get(entry.site, "native"), entry.wiring.op)
 
         def again(inputs: dict[str, Array | None]) -> Mapping[str, Array]:
             return as_outputs(entry.spec, function(*inputs.values(), *entry.scalars.values()))
 
-        found, row = certify_rows(entry, self._budget, again)
+        return again
+
+    def _note(self, entry: Entry, found: Local, row: int) -> None:
         entry.ratio, entry.bias, entry.checked = found.ratio, found.bias, found.checked
         entry.outcomes["LOCAL"] = found.outcome
         if found.outcome == "fault":
+            position = entry.position + row
             self._ledger.fault(
-                entry.site,
-                "LOCAL",
-                found.reason,
-                position=entry.position + row,
-                step=entry.step,
-                ratio=found.ratio,
-                entry=entry,
+                entry.site, "LOCAL", found.reason, position=position, step=entry.step, ratio=found.ratio, entry=entry
             )
         self._done(entry)
+
+
+def _alike(a: Entry, b: Entry) -> bool:
+    """Whether two calls of one site differ in their rows only."""
+    if dict(a.scalars) != dict(b.scalars):
+        return False
+    return all(
+        (x is None) == (y is None) and (x is None or y is None or x.ctypes.data == y.ctypes.data)
+        for x, y in ((a.inputs[name], b.inputs[name]) for name in a.wiring.weights)
+    )
+
+
+def _join(entries: list[Entry]) -> Entry:
+    """The rows of several entries as those of one."""
+    first = entries[0]
+    inputs = {
+        name: x if name in first.wiring.weights else np.concatenate([cast(Array, e.inputs[name]) for e in entries])
+        for name, x in first.inputs.items()
+    }
+    outputs = {name: np.concatenate([e.outputs[name] for e in entries]) for name in first.outputs}
+    return replace(first, rows=sum(e.rows for e in entries), inputs=inputs, outputs=outputs)
 
 
 def certify_rows(

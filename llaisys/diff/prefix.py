@@ -14,7 +14,7 @@ from .ledger import Ledger
 #: What the messages of these faults begin with.
 INFER = "llaisysQwen2ModelInfer"
 #: Tokens that are tried in place of one of the prompt, until one leads the text elsewhere.
-_CANDIDATES = 12
+_CANDIDATES = 8
 
 
 class Infer:

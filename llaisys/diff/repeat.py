@@ -108,7 +108,9 @@ class Rerun:
         before = _lib.num_threads()
         self._progress(ANEW, entry.step, entry.site)
         try:
-            for count in self._threads:
+            # With each number of threads for the prompt and the first step, then in turns.
+            threads = self._threads if entry.step < 2 else (self._threads[entry.step % len(self._threads)],)
+            for count in threads:
                 _lib.set_num_threads(count)
                 text = self._differs(entry)
                 if text:

@@ -19,7 +19,10 @@ CERTIFIED, FAULT, INCONCLUSIVE = 0, 1, 2
 
 @dataclass(frozen=True)
 class NodeResult:
-    """All that was certified of one node in one step: step 0 is the prefill, step n the n-th decode step."""
+    """All that was certified of one node in one step: step 0 is the prefill, step n the n-th decode step.
+
+    Steps with few rows are certified together, and then share `ratio` and `bias`.
+    """
 
     site: str
     op: str

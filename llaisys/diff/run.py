@@ -41,7 +41,7 @@ _BUDGET = 256 << 20
 #: Logits of the prefill that are asked for, at most, beyond those of the last token.
 _LOGITS = 1 << 20
 #: How the tokens behind a cut are given: in pieces of this many, then the rest.
-_PIECES = (1, 1, 2, 3, 5, 8, 16)
+_PIECES = (1, 2, 5, 8, 16)
 
 
 def run(
@@ -81,7 +81,7 @@ def run(
         save: a file to write the nodes of the run to, for `llaisys trace-diff`.
         save_sites: which sites are saved (see `Session.tap`); all by default.
         max_memory: bytes that the process should not exceed. Certificates are then made in smaller parts, and the
-            reference backend, which needs the weights a second time, is left out if they do not fit.
+            reference backend, should it need the weights a second time, is left out if they do not fit.
         progress: called with what is being done, the step and the site, after each node.
         reproducers: a folder to write the first faults to, one file each, for `llaisys replay`.
         context: whether to run the reference backend beside it. Without, no drift and no flips are told.
@@ -215,15 +215,10 @@ class Runner:
 
     def run(self, context: bool) -> Report:
         """All scenes."""
-        if context and self.second_copy:
-            self.context = Context(self.path, self.engine.dtype, self.oracle)
-        elif context:
-            self.notes.append("the reference backend was left out: its copy of the weights does not fit in max_memory")
         certifier = Certifier(self.ledger, self.budget, self.kernels, self._certified)
         try:
             try:
-                self._main(certifier)
-                certifier.drain()
+                self._main(certifier, context)
                 self._repeat(certifier)
                 certifier.drain()
             except Broken as broken:
@@ -243,7 +238,7 @@ class Runner:
 
     # -------------------------------------------------------------- scenes
 
-    def _main(self, certifier: Certifier) -> None:
+    def _main(self, certifier: Certifier, context: bool) -> None:
         """The run itself: the prompt, then one token after the other. The session was used and reset before."""
 
         def visit(entry: Entry) -> None:
@@ -263,6 +258,8 @@ class Runner:
             watch.scene = "another text before"
             self._decoy(watch, len(self.prompt) + min(2, self.decode))
             watch.reset()
+            if context:
+                self._start_context()
             watch.scene, recording = "run", True
             rows = max(1, min(len(self.prompt), _LOGITS // self.engine.config.vocab_size))
             if rows < len(self.prompt):
@@ -274,6 +271,16 @@ class Runner:
                 self._step(watch, step, [token], 1)
         finally:
             watch.close()
+
+    def _start_context(self) -> None:
+        """The reference backend. It computes with the engine's own weights, where these were found to be those of the
+        checkpoint, and else loads them."""
+        weights = self.weights.certified()
+        if weights is None and not self.second_copy:
+            self.notes.append("the reference backend was left out: its copy of the weights does not fit in max_memory")
+            return
+        self.say("loading the reference", 0, "")
+        self.context = Context(self.path, self.engine.config, self.engine.dtype, weights, self.oracle)
 
     def _step(self, watch: Watch, step: int, tokens: list[int], rows: int) -> None:
         logits = watch.forward(tokens, last=rows)
@@ -340,14 +347,14 @@ class Runner:
         watch.recording = True
         self.weights.again()  # each weight is looked at once more, after all that ran
         sequence.start(list(self.prompt))
-        for token in tokens[len(self.prompt) :]:
-            sequence.feed([token])
+        if tokens[len(self.prompt) :]:
+            sequence.feed(tokens[len(self.prompt) :])
         watch.close()
         _lib.set_num_threads(self.threads)
         if not self.kernels:
             attention = next((site for site, wiring in self.wirings.items() if wiring.state), "lm_head")
             self.say("llaisysQwen2ModelInfer", 0, "")
-            certify_infer(self.engine, self.ledger, self.prompt, self.following, attention)
+            certify_infer(self.engine, self.ledger, self.prompt, self.following[:4], attention)
         else:
             self.notes.append("llaisysQwen2ModelInfer was not tried: it has no part in swapped kernels")
 

@@ -27,14 +27,21 @@ class WeightBits:
     def __init__(self, checkpoint: Checkpoint, dtype: np.dtype[Any]) -> None:
         self._checkpoint, self._dtype = checkpoint, dtype
         self._found: dict[tuple[Any, ...], str | None] = {}
-        self._seen: dict[tuple[Any, ...], tuple[str, str]] = {}
+        self._right: dict[str, np.ndarray[Any, Any]] = {}
 
     def check(self, name: str, argument: str, array: np.ndarray[Any, Any]) -> str | None:
         """What is wrong with `array` as the weight `name`, None if nothing is."""
         key = (name, array.__array_interface__["data"][0], array.shape, array.strides)
         if key not in self._found:
             self._found[key] = self.compare(name, argument, array)
+            if self._found[key] is None:
+                self._right[name] = array
         return self._found[key]
+
+    def certified(self) -> dict[str, np.ndarray[Any, Any]] | None:
+        """All weights by name, as the engine has them, if all were seen and found right."""
+        names = set(self._checkpoint.names())
+        return dict(self._right) if names == set(self._right) and not any(self._found.values()) else None
 
     def again(self) -> None:
         """Compare each weight once more when it is shown the next time."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bounds import TINY32, U32, Array, Oracle, half_ulp, random_sum, unit, walk
+from ..bounds import TINY32, U32, Array, Oracle, finfo, half_ulp, random_sum, unit, walk
 from ..numerics import cast, f32, f64, quiet
 from ..spec import FLOATS, Arg, Constraint, Dims, ErrorCase, Probe, Scalar, Spec, qwen2_bench
 
@@ -141,9 +141,12 @@ def with_scores(values: dict[str, Any], first: float, last: float) -> dict[str, 
 
 
 def with_integers(values: dict[str, Any]) -> dict[str, Any]:
-    """Equal scores and a power of two of keys: the average of small integers, exactly. Each head has others."""
-    rng = np.random.default_rng(7)
-    return {"q": np.zeros_like(values["q"]), "v": rng.integers(-99, 100, values["v"].shape).astype(values["v"].dtype)}
+    """Equal scores and a power of two of keys: the average of integers as large as the dtype holds (in f32, as its sums
+    do), exactly, up to the final rounding. Each head has others."""
+    dtype = values["v"].dtype
+    most = 2 ** min(1 + int(finfo(dtype).nmant), 12)
+    v = np.random.default_rng(7).integers(1 - most, most, values["v"].shape)
+    return {"q": np.zeros_like(values["q"]), "v": v.astype(dtype)}
 
 
 def dims_of(*rows: tuple[int, int, int, int, int]) -> tuple[Dims, ...]:

@@ -27,8 +27,8 @@ def oracle(gate: Array, up: Array) -> tuple[Oracle, ...]:
     decay = np.exp(-np.abs(x))
     sigmoid = np.where(x > 0, 1.0, decay) / (1 + decay)
     silu = np.where(np.isposinf(x), x, x * sigmoid)
-    # exp(-x): reducing the argument costs up to 2 |x| u, the polynomial 5 u; of 1 + exp(-x) that is the part 1 - sigmoid,
-    # nothing for a large x. Adding 1, dividing and the product cost 3 u more.
+    # exp(-x): reducing the argument costs up to 2 |x| u, the polynomial 5 u; of 1 + exp(-x) that is the part
+    # 1 - sigmoid, nothing for a large x. Adding 1, dividing and the product cost 3 u more.
     off = U32 * np.abs(silu) * (8 + 2 * np.abs(np.where(np.isfinite(x), x, 0.0)) * (1 - sigmoid))
     # Below -88 exp(-x) comes near the largest f32 and may overflow, which gives -0 (in torch too): all of it may go.
     off = np.where(x < -88, np.abs(silu) + off, off)
