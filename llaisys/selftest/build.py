@@ -12,7 +12,7 @@ from pathlib import Path
 from ..errors import InvalidArgumentError, LibraryError
 
 #: What a build of the library reads.
-_PARTS = ("kernels", "reference", "tools", "llaisys", "meson.build", "pyproject.toml", "LICENSE")
+_PARTS = ("kernels", "reference", "tools", "llaisys", "meson.build", "meson.options", "pyproject.toml", "LICENSE")
 _TESTS = "tests/ops"  # meson.build asks whether each operator has its test
 
 
