@@ -4,11 +4,13 @@ Either way it is the installed package that they are about. The tree has a folde
 without llaisys.reference, which Python would find first wherever the tree is the current folder.
 """
 
+import json
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +27,16 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.args_source is pytest.Config.ArgsSource.TESTPATHS and config.getoption("benchmark_only", False):
         config.args = [str(ROOT / "benchmarks")]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    """What must be alike for --benchmark-compare, which looks at it before the conftest of `benchmarks` is read."""
+    import llaisys
+
+    machine_info["llaisys"] = {"isa": llaisys.isa(), "threads": llaisys.num_threads()}
+    # As it comes back from a file: a tuple would differ from the list that it became there.
+    machine_info.update(json.loads(json.dumps(machine_info)))
 
 
 @pytest.fixture(scope="session", autouse=True)

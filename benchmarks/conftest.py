@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -36,14 +35,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left:
         config.hook.pytest_deselected(items=left)
         items[:] = [item for item in items if item not in set(left)]
-
-
-def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """What must be alike for --benchmark-compare to compare like with like."""
-    facts = report.machine(known_roofs(llaisys.num_threads()))
-    machine_info["llaisys"] = {name: facts[name] for name in ("cpu", "isa", "threads", "torch", "transformers")}
-    # As it comes back from a file: a tuple would differ from the list that it became there.
-    machine_info.update(json.loads(json.dumps(machine_info)))
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:

@@ -94,7 +94,7 @@ def test_a_prompt_of_several_chunks() -> None:
     [
         {"num_key_value_heads": 6},
         {"num_key_value_heads": 1},
-        {"num_hidden_layers": 0},
+        {"num_hidden_layers": 1},
         {"tie_word_embeddings": True},
         {"hidden_size": 17, "intermediate_size": 33, "head_dim": 2},
         {"rms_norm_eps": 1.0, "rope_theta": 3.0},
@@ -263,7 +263,8 @@ def test_param(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tampered(monkeypatch, tamper)
     # What the node says of itself is wrong, so LOCAL fails too; PARAM comes first.
     report = run(folder)
-    assert [(fault.site, fault.certificate) for fault in report.faults][0] == (LAYER + "self_attn.rope_k", "PARAM")
+    first = report.faults[0]
+    assert (first.site, first.certificate) == (LAYER + "self_attn.rope_k", "PARAM")
     assert any("scale: expected" in fault.message for fault in report.faults)
 
 

@@ -42,7 +42,12 @@ def test_python_of_a_page(page: Path, tmp_path: Path) -> None:
         assert code in done.stdout  # what the page says that is printed
 
 
-@pytest.mark.parametrize("command", [c for page in PAGES for c in commands(page) if c.startswith("llaisys ")])
+def quick(command: str) -> bool:
+    """Not the benchmarks, which take minutes; tests/test_bench.py runs those with small cases."""
+    return command.startswith("llaisys ") and not command.startswith(("llaisys bench", "llaisys selftest"))
+
+
+@pytest.mark.parametrize("command", [c for page in PAGES for c in commands(page) if quick(c)])
 def test_commands(command: str, tmp_path: Path) -> None:
     arguments = [sys.executable, "-m", *shlex.split(command)]
     done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, timeout=300)

@@ -87,8 +87,8 @@ def compare_traces(
     """Compare two traces, node by node.
 
     Each node whose bits differ is certified in either run on its own inputs, with the weights of `model` (by default
-    what the traces name) where these are those of the run; else the certificate that was saved with it counts. CaseError
-    for a file that is no trace, CheckpointError for a `model` that is none.
+    what the traces name) where these are those of the run; else the certificate that was saved with it counts.
+    CaseError for a file that is no trace, CheckpointError for a `model` that is none.
     """
     result = Comparison(str(a), str(b))
     with Trace(a) as left, Trace(b) as right:
@@ -122,8 +122,8 @@ def compare_traces(
         if bits:
             result.first_bits = _place(*min(bits))
         if wrong:
-            *place, which, reason = min(wrong)
-            result.parts, result.which, result.reason = _place(*place), which, reason
+            number, index, position, site, result.which, result.reason = min(wrong)
+            result.parts = _place(number, index, position, site)
         if not result.sites:
             result.notes.append("there is no row that both runs have, so that nothing was compared")
     return result

@@ -69,7 +69,7 @@ class Borrowed:
     def __init__(self, config: Qwen2Config, dtype: str, weights: Mapping[str, Array]) -> None:
         self._config, self._model = config, ReferenceModel(config, FLOATS[dtype], {})
         for name, weight in weights.items():
-            self._model.load(name, weight)
+            self._model.put(name, weight)
 
     def session(self) -> Session:
         """As `Qwen2.session`."""

@@ -112,7 +112,9 @@ def _changes(entry: Entry, rerun: Any) -> bool:
     first: Mapping[str, Array] | None = None
     for _ in range(8):
         found = rerun(dict(entry.inputs), dict(entry.scalars))
-        if first is not None and any(as_bits(found[name]).tobytes() != as_bits(first[name]).tobytes() for name in found):
+        if first is not None and any(
+            as_bits(found[name]).tobytes() != as_bits(first[name]).tobytes() for name in found
+        ):
             return True
         first = found
     return False
@@ -201,7 +203,7 @@ def _native_with_reference(runner: Runner, fault: Fault) -> bool:
 
     digests = Digests()
     certifier = Certifier(ledger, runner.budget, {**runner.kernels, fault.site: "reference"}, lambda entry: None)
-    again = Again(ledger, digests, "a repetition", lambda entry: None)
+    again = Again(ledger, digests, {}, "a repetition", lambda entry: None)
     try:
         for visit in (digests.keep, again.visit) if fault.certificate == "REPEAT" else (certifier.submit,):
 

@@ -14,6 +14,8 @@ from .report import CERTIFICATES, Fault, NodeResult, Outcome
 from .wiring import Wiring
 
 Array = np.ndarray[Any, Any]
+#: The scene that is the run itself; the others are repetitions, and what comes before.
+MAIN = "run"
 #: Evidence, with copies of all that a node read, is kept of so many faults.
 _MOST_EVIDENCE = 6
 
@@ -73,6 +75,7 @@ class Ledger:
         self.entries: list[Entry] = []
         self.faults: dict[tuple[str, str], Fault] = {}
         self.evidence: dict[tuple[str, str], Entry] = {}
+        self._main: set[tuple[str, str]] = set()
         self._lock = threading.Lock()
 
     def step_of(self, position: int) -> int:
@@ -90,17 +93,21 @@ class Ledger:
         ratio: float = 0.0,
         hypothesis: str | None = None,
         entry: Entry | None = None,
+        scene: str = MAIN,
     ) -> None:
-        """Note a fault. Of one site and certificate the first is kept, by step and position."""
+        """Note a fault. Of one site and certificate that of the earliest step is kept, and there that of the run itself
+        rather than that of a repetition."""
         step = self.step_of(position) if step is None else step
         op = self.wirings[site].op if site in self.wirings else "argmax"
         fault = Fault(site, op, step, position, certificate, message, ratio, hypothesis=hypothesis)
         with self._lock:
             key = (site, certificate)
             known = self.faults.get(key)
-            if known is not None and (known.step, known.position) <= (step, position):
+            main = scene == MAIN
+            if known is not None and (known.step, key not in self._main) <= (step, not main):
                 return
             self.faults[key] = fault
+            (self._main.add if main else self._main.discard)(key)
             if entry is None:
                 self.evidence.pop(key, None)
             else:

@@ -100,7 +100,14 @@ class Certifier:
         if found.outcome == "fault":
             position = entry.position + row
             self._ledger.fault(
-                entry.site, "LOCAL", found.reason, position=position, step=entry.step, ratio=found.ratio, entry=entry
+                entry.site,
+                "LOCAL",
+                found.reason,
+                position=position,
+                step=entry.step,
+                ratio=found.ratio,
+                entry=entry,
+                scene=entry.scene,
             )
         self._done(entry)
 

@@ -1,8 +1,9 @@
-"""STATE of llaisysQwen2ModelInfer: its reuse of prefixes, which no tap sees, told by its tokens and what it computed."""
+"""STATE of llaisysQwen2ModelInfer: its reuse of prefixes, which no tap sees, by its tokens and what it computed."""
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,7 +64,7 @@ def certify_infer(model: Qwen2, ledger: Ledger, prompt: list[int], following: li
         if not compare("afresh", prompt, following[0], 0):
             return len(calls)
         sequence = list(prompt)
-        for token, after in zip(following, following[1:], strict=False):
+        for token, after in itertools.pairwise(following):
             sequence.append(token)
             if not compare("one token further", list(sequence), after, len(sequence) - 1):
                 return len(calls)

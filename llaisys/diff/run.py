@@ -23,7 +23,7 @@ from ..models.session import as_tokens
 from ..reference import FLOATS
 from .context import Context
 from .finish import finish
-from .ledger import Entry, Ledger
+from .ledger import MAIN, Entry, Ledger
 from .local import Certifier
 from .prefix import certify_infer
 from .repeat import Again, Digests, Rerun
@@ -230,7 +230,7 @@ class Runner:
         return self._report()
 
     def _certified(self, entry: Entry) -> None:
-        if entry.scene == "run":
+        if entry.scene == MAIN:
             size = sum(x.size for x in entry.outputs.values())
             entry.size = size
         if not any(entry is kept for kept in self.ledger.evidence.values()):
@@ -253,14 +253,14 @@ class Runner:
             certifier.submit(entry)
 
         recording = False
-        watch = self.watch("run", visit)
+        watch = self.watch(MAIN, visit)
         try:
             watch.scene = "another text before"
             self._decoy(watch, len(self.prompt) + min(2, self.decode))
             watch.reset()
             if context:
                 self._start_context()
-            watch.scene, recording = "run", True
+            watch.scene, recording = MAIN, True
             rows = max(1, min(len(self.prompt), _LOGITS // self.engine.config.vocab_size))
             if rows < len(self.prompt):
                 self.notes.append(f"model.norm and lm_head of the prompt: the last {rows} of {len(self.prompt)} tokens")
@@ -305,7 +305,7 @@ class Runner:
 
         def again(scene: str, threads: int, visit: Visitor | None = None) -> Watch:
             how = f"{scene}, {threads} thread{'s' if threads > 1 else ''}"
-            compare = Again(self.ledger, self.digests, how, lambda entry: certifier.submit(entry.copy()))
+            compare = Again(self.ledger, self.digests, self.kernels, how, lambda entry: certifier.submit(entry.copy()))
 
             def both(entry: Entry) -> None:
                 if watch.recording:

@@ -1,14 +1,16 @@
 """Traces: the nodes of a run in one file, for `llaisys trace-diff`.
 
-A trace is a zip file with a JSON header, "trace.json", and the arrays as plain bytes, each block under the digest of its
-content, so that what one node puts out and others read is there once. Keys and values are cut where the passes of the
-run were, and so share their blocks with the outputs they are made of. Weights are not in it: of each there is a digest,
-and whoever needs them takes them from the checkpoint. A file may come from a stranger: nothing in it is executed or
-unpickled, sizes are bounded before memory is taken, and every block must have the content that its name says.
+A trace is a zip file with a JSON header, "trace.json", and the arrays as plain bytes, each block named by the digest
+of its content, so that what one node puts out and others read is there once. Keys and values are cut where the passes
+of the run were, and so share their blocks with the outputs they are made of. Weights are not in it: of each there is a
+digest, and whoever needs them takes them from the checkpoint. A file may come from a stranger: nothing in it is
+executed or unpickled, sizes are bounded before memory is taken, and every block must have the content that its name
+says.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -111,7 +113,8 @@ class TraceWriter:
     def abort(self) -> None:
         """Leave nothing behind. After `close` this does nothing."""
         if not self._file.closed:
-            self._file.close()
+            with self._file, contextlib.suppress(OSError):  # of a full disk
+                self._zip.close()
             Path(self._temporary).unlink(missing_ok=True)
 
     def _array(self, x: Array, state: bool) -> dict[str, Any]:

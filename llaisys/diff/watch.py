@@ -11,7 +11,7 @@ from ..errors import LlaisysError
 from ..models.nodes import Node
 from ..models.session import Session
 from .bits import as_rows, first_difference
-from .ledger import Array, Entry, Ledger
+from .ledger import MAIN, Array, Entry, Ledger
 from .order import Order, Pass
 from .shadow import Shadow
 from .weights import WeightBits
@@ -62,7 +62,7 @@ class Watch:
         return len(self.tokens)
 
     def forward(self, token_ids: Sequence[int] | Array, *, last: int | None = None) -> Array:
-        """`Session.forward`. An error of the engine is a fault of the node that it came from, and raised as `Broken`."""
+        """`Session.forward`. An error of the engine is a fault of the node that it came from; `Broken` is raised."""
         tokens = [int(token) for token in token_ids]
         wanted = len(tokens) if last is None else last
         begin = len(self.tokens)
@@ -75,10 +75,10 @@ class Watch:
         except LlaisysError as error:
             site = self._order.expected
             message = f"the engine ended the pass: {error}"
-            self._ledger.fault(site, "PARAM", message, position=current.begin, step=step)
+            self._ledger.fault(site, "PARAM", message, position=current.begin, step=step, scene=self.scene)
             raise Broken(site) from error
         for site, text in self._order.end():
-            self._ledger.fault(site, "PARAM", text, position=current.begin, step=step)
+            self._ledger.fault(site, "PARAM", text, position=current.begin, step=step, scene=self.scene)
         self.tokens += tokens
         self._check_logits(logits, current)
         return logits
@@ -102,7 +102,7 @@ class Watch:
         found = self.session.length
         if found != len(self.tokens):
             message = f"after {after}: expected a cache of {len(self.tokens)} tokens, found {found}"
-            self._ledger.fault(self._first_attention(), "STATE", message, position=len(self.tokens))
+            self._ledger.fault(self._first_attention(), "STATE", message, position=len(self.tokens), scene=self.scene)
             raise Broken(self._first_attention())
 
     def _first_attention(self) -> str:
@@ -116,14 +116,16 @@ class Watch:
 
     def _node(self, node: Node) -> None:
         for site, text in self._order.next(node):
-            self._ledger.fault(site, "PARAM", text, position=node.position, step=self._order.current.step)
+            self._ledger.fault(
+                site, "PARAM", text, position=node.position, step=self._order.current.step, scene=self.scene
+            )
         wiring = self._wirings.get(node.site)
         if wiring is None:
             return
         current = self._order.current
         if node.op != wiring.op:
             text = f"expected the operator {wiring.op}, found {node.op}"
-            self._ledger.fault(node.site, "PARAM", text, position=node.position, step=current.step)
+            self._ledger.fault(node.site, "PARAM", text, position=node.position, step=current.step, scene=self.scene)
             return
         entry = Entry(wiring, current.step, node.position, 0, dict(node.scalars), {}, {}, scene=self.scene)
         if wiring.tokens is not None:
@@ -253,9 +255,15 @@ class Watch:
     def _fault(
         self, entry: Entry, certificate: str, message: str, position: int, hypothesis: str | None = None
     ) -> None:
-        scene = f"{self.scene}: " if self.scene != "run" else ""
+        scene = f"{self.scene}: " if self.scene != MAIN else ""
         self._ledger.fault(
-            entry.site, certificate, scene + message, position=position, step=entry.step, hypothesis=hypothesis
+            entry.site,
+            certificate,
+            scene + message,
+            position=position,
+            step=entry.step,
+            hypothesis=hypothesis,
+            scene=self.scene,
         )
 
     def _check_logits(self, logits: Array, current: Pass) -> None:
@@ -270,7 +278,7 @@ class Watch:
                 text = (
                     f"the logits that forward returned: expected what lm_head put out, found other bits, {difference}"
                 )
-                self._ledger.fault("lm_head", "EDGE", text, position=position, step=current.step)
+                self._ledger.fault("lm_head", "EDGE", text, position=position, step=current.step, scene=self.scene)
                 return
             row += len(head)
 

@@ -40,10 +40,14 @@ class ReferenceModel:
         done, total = 0, checkpoint.nbytes
         for name, array in checkpoint.tensors():
             done += array.nbytes
-            self._weights[name] = array if array.dtype == self._dtype else cast(array, self._dtype)
+            self.put(name, array)
             del array  # before the next one is read, for the peak of memory
             if progress is not None:
                 progress(done, total)
+
+    def put(self, name: str, array: Array) -> None:
+        """Keep one weight, converted to the dtype of the model."""
+        self._weights[name] = array if array.dtype == self._dtype else cast(array, self._dtype)
 
     def count(self, tokens: int) -> None:
         """Note that tokens went through the layers."""
