@@ -69,6 +69,12 @@ class Case:
         """The SPEC of the operator."""
         return SPECS[self.op]
 
+    @property
+    def dtype(self) -> str:
+        """The storage dtype, by its name."""
+        storage = (self.inputs[a.name] for a in self.spec.inputs_args if a.dtype in ("T", "any"))
+        return next(_NAMES[x.dtype] for x in storage if x is not None)
+
 
 def versions() -> dict[str, str]:
     """What made a case, for its header: this package, the library's build, numpy, and the kind of machine."""

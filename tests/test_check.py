@@ -223,10 +223,23 @@ def test_command_on_json_and_errors(tmp_path: Path) -> None:
     done = run("check", "relu")
     assert done.returncode == 1 and b"llaisys: error: op: expected one of add," in done.stderr
     done = run("check", "embedding", "--dtype", "f32", "--from", str(tmp_path / "none.npz"))
-    assert done.returncode == 1 and b"none.npz: file: expected a case" in done.stderr
+    assert done.returncode == 1 and b"none.npz: file: expected a trace or case" in done.stderr
 
 
 def test_command_with_a_library_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "lib.so").write_text("no library")
     done = run("check", "add", env={"LLAISYS_LIBRARY": str(tmp_path / "lib.so")})
     assert done.returncode == 1 and b"cannot be loaded" in done.stderr
+
+
+def test_command_from_a_trace(tmp_path: Path) -> None:
+    """The calls of a whole run, certified without the library that made them; a weight of another model is refused."""
+    trace = tmp_path / "run.trace"
+    done = run("diff", "tiny", "-p", "def f(", "--decode", "1", "--save", str(trace))
+    assert done.returncode == 0, done.stderr
+    done = run("check", "swiglu", "linear", "--from", str(trace), "--json", "-", env={"LLAISYS_LIBRARY": "/none"})
+    found = json.loads(done.stdout)
+    assert done.returncode == 0 and {r["op"] for r in found} == {"swiglu", "linear"}
+    assert {r["outcome"] for r in found} == {"pass"} and any("step 1, position" in r["case"] for r in found)
+    done = run("check", "swiglu", "--from", str(trace), "--model", str(tmp_path))
+    assert done.returncode == 1 and b"llaisys: error: " in done.stderr

@@ -221,6 +221,7 @@ def test_command(tmp_path: Path) -> None:
     save_case(path, empty)
     assert run("replay", str(path)).returncode == 2
     assert run("check", "--from", str(path)).returncode == 2
+    assert run("check", "argmax", "--from", str(path)).returncode == 2
     path.write_text("nothing")
     done = run("replay", str(path))
     assert done.returncode == 1 and b"llaisys: error: " in done.stderr and b"expected an .npz" in done.stderr

@@ -14,7 +14,7 @@ from .common import Isa, Progress, StorageType, command, printable
 if TYPE_CHECKING:
     from ..conformance import Result
 
-EXIT_FAULT, EXIT_NOTHING = 1, 2
+EXIT_FAULT, EXIT_INCONCLUSIVE = 1, 2
 #: Failures of one operator and dtype that are told in full.
 TOLD = 4
 #: Width of what is written to a file or a pipe.
@@ -36,6 +36,10 @@ def check(
         Path | None,
         typer.Option("--from", metavar="TRACE", help="Certify the calls of a trace of llaisys diff --save, or a case."),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Where the weights of a trace are.", show_default="the folder that the trace names"),
+    ] = None,
     as_json: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the result of every case; - is stdout.")
     ] = None,
@@ -48,14 +52,14 @@ def check(
     A case is certified element by element (at most half an ulp and what f32 may add), must give the same bits in every
     memory layout, for any number of threads and for each row alone, and may touch nothing but its outputs. A crash or a
     hang is a fault of the case it happens in. Exit status 0 if all keep to it, 1 if one does not, 2 if nothing was
-    checked.
+    checked or (of captured calls, which are not repeated) something stays suspect.
     """
     from ..conformance import conformance, plan, tiers
 
     if save is not None:
         save.mkdir(parents=True, exist_ok=True)
     if trace is not None:
-        results = list(_captured(trace, ops or [], dtype.value if dtype else None))
+        results = list(_captured(trace, model, ops or [], dtype.value if dtype else None))
     else:
         available = tiers()
         if isa is not None and isa.value not in available:
@@ -74,28 +78,27 @@ def check(
         _write(as_json, results)
     if as_json is None or str(as_json) != "-":
         render(results)
-    if any(result.outcome != "pass" for result in results):
+    if any(result.outcome == "fault" for result in results):
         raise typer.Exit(EXIT_FAULT)
-    if not any(result.local.checked for result in results):
-        raise typer.Exit(EXIT_NOTHING)
+    if not any(result.local.checked for result in results) or any(result.outcome != "pass" for result in results):
+        raise typer.Exit(EXIT_INCONCLUSIVE)
 
 
-def _captured(path: Path, ops: Sequence[str], dtype: str | None) -> Iterable[Result]:
+def _captured(path: Path, model: str | None, ops: Sequence[str], dtype: str | None) -> Iterable[Result]:
     """Certificates of the captured outputs of a case or trace. What was captured is not run again."""
     from ..certify import certify
     from ..conformance import Result
-    from ..reference.binding import describe
-    from .replay import open_case
+    from ..errors import CaseError
+    from ..replay import captured
 
-    case = open_case(path)
-    kind = next(
-        describe(x)[1]
-        for a in case.spec.inputs_args
-        if a.dtype in ("T", "any") and (x := case.inputs[a.name]) is not None
-    )
-    if (not ops or case.op in ops) and dtype in (None, kind):
-        local = certify(case.spec, case.inputs, case.scalars, case.outputs)
-        yield Result(case.op, kind, case.isa, f"{case.site} at {case.position}", local)
+    try:
+        for case in captured(path, model, ops):
+            if dtype in (None, case.dtype):
+                local = certify(case.spec, case.inputs, case.scalars, case.outputs)
+                label = f"{case.site}, step {case.step}, position {case.position}"
+                yield Result(case.op, case.dtype, case.isa, label, local)
+    except OSError as error:
+        raise CaseError(file=path, field="file", expected="a trace or case", found=error.strerror or error) from None
 
 
 def _write(path: Path, results: Sequence[Result]) -> None:

@@ -38,7 +38,8 @@ FORMAT, VERSION = "llaisys trace", 1
 #: Most bytes of the header, and of one array.
 MAX_HEADER, MAX_ARRAY = 256 << 20, 8 << 30
 MAX_NODES = 1 << 22
-_HEADER = "trace.json"
+#: The member with everything but the arrays.
+HEADER = "trace.json"
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _TEXTS = ("model", "dtype", "isa", "machine", "cpu")
@@ -100,7 +101,7 @@ class TraceWriter:
             ratio = entry.ratio if math.isfinite(entry.ratio) else str(entry.ratio)
             nodes.append({**record, "outcome": entry.outcomes["LOCAL"], "ratio": ratio})
         fields = {"format": FORMAT, "version": VERSION, **header, "weights": self._digests, "nodes": nodes}
-        self._zip.writestr(_HEADER, json.dumps(fields))
+        self._zip.writestr(HEADER, json.dumps(fields))
         self._zip.close()
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -245,13 +246,13 @@ class Trace:
 
     def _read_header(self) -> None:
         try:
-            header = json.loads(self._member(_HEADER, MAX_HEADER))
+            header = json.loads(self._member(HEADER, MAX_HEADER))
         except (ValueError, RecursionError) as error:
             if isinstance(error, CaseError):
                 raise
-            raise self._refuse(_HEADER, "JSON", error) from None
+            raise self._refuse(HEADER, "JSON", error) from None
         if not isinstance(header, dict):
-            raise self._refuse(_HEADER, "an object", type(header).__name__)
+            raise self._refuse(HEADER, "an object", type(header).__name__)
         for name, wanted in (("format", FORMAT), ("version", VERSION)):
             if header.get(name) != wanted:
                 raise self._refuse(name, repr(wanted), repr(header.get(name)))
