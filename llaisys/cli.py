@@ -13,8 +13,8 @@ from .commands.common import Options
 from .commands.diff import diff, trace_diff
 from .commands.doctor import doctor
 from .commands.generate import generate
-from .commands.selftest import selftest
 from .commands.replay import replay
+from .commands.selftest import selftest
 
 __all__ = ["app", "main"]
 
