@@ -14,6 +14,7 @@ from .commands.diff import diff, trace_diff
 from .commands.doctor import doctor
 from .commands.generate import generate
 from .commands.replay import replay
+from .commands.selftest import selftest
 
 __all__ = ["app", "main"]
 
@@ -86,6 +87,7 @@ app.command()(generate)
 app.command()(diff)
 app.command(name="trace-diff")(trace_diff)
 app.command()(doctor)
+app.command()(selftest)
 app.command()(check)
 app.command()(replay)
 app.command()(bench)

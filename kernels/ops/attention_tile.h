@@ -3,10 +3,10 @@
 // An element of a product is one chain of fused additions along the inner axis, from first to last: the lanes of a
 // vector are columns, and nothing is added across them. So an element has the same bits in a tile of any size, with any
 // number of rows beside it. Keys, which lie in memory with their elements together, are transposed into panels for
-// that; it costs 2 % of a prompt, and in decode, where six or seven heads share a key, it hides behind the memory that
-// the keys come from. Before, lanes ran along the head and each score ended in a sum across them: 512 tokens of 12
-// heads of 128 took 3.0 ms with two threads of Zen 5 instead of 2.0 (75 % of what its FMA units can do), one token over
-// 2048 keys 190 us instead of 55.
+// that; it is one pass over the keys for 192 rows of queries, and in decode, where six or seven heads share a key, it
+// hides behind the memory that the keys come from. Before, lanes ran along the head and each score ended in a sum
+// across them: 512 tokens of 12 heads of 128 took 3.0 ms with two threads of Zen 5 instead of 2.0 (75 % of what its FMA
+// units can do), one token over 2048 keys 190 us instead of 55.
 #pragma once
 
 #include "core/tier.h"

@@ -171,8 +171,8 @@ static inline int64_t limit(const AttentionArgs &args, const Tile &tile, const B
 }
 
 // Few rows wait for the memory that keys and values come from: what is needed next is asked for while the last is at
-// work. The hardware does not see these rows, of which other heads lie between, as one stream: a token over 2048 cold
-// keys took five times as long without.
+// work. The hardware does not see these rows, of which other heads lie between, as one stream: without it a token
+// over 2048 cold keys took twice as long in 16 bits (224 and 117 us in f16), and 1.1 times in f32.
 constexpr int64_t WAITING_ROWS = 64;
 static inline void fetch_rows(const char *rows, int64_t step, int64_t count, int64_t bytes) {
     for (int64_t j = 0; j < count; ++j)
@@ -363,7 +363,7 @@ void check_attention(LlaisysTensor *out, const LlaisysTensor *q, const LlaisysTe
 }
 
 // Rows of a tile that share the panels of keys and values: enough to make up for filling them, few enough for the
-// second-level cache (350 KiB at a head dim of 128). 96 rows were 3 % slower, 384 no faster.
+// second-level cache (350 KiB at a head dim of 128).
 constexpr int64_t ATTENTION_ROWS = 192;
 // Rows up to which blocks of keys are computed apart where there are too few heads for all threads.
 constexpr int64_t SPLIT_ROWS = 64;

@@ -13,9 +13,8 @@ from typing import Any
 
 from .._lib import set_num_threads
 
-#: Seconds of one uninterrupted series of calls, and of the calls before it that do not count. libgomp lets its threads
-#: spin for about 9 ms after the last call of torch, and a thread that slept is often woken on the core of the one that
-#: woke it; until the system has moved it, kernels were seen to run at half their speed.
+#: Seconds of one uninterrupted series of calls, and of the calls before it that do not count: without them kernels were
+#: seen to run at half their speed, probably because threads of torch spin for a while after its last call.
 SERIES, WARM = 0.01, 0.015
 #: Seconds of measuring an implementation, once it has had its least number of series.
 BUDGET = 0.1

@@ -115,11 +115,13 @@ class Ledger:
                 if len(self.evidence) > _MOST_EVIDENCE:
                     del self.evidence[max(self.evidence, key=lambda k: self.order(self.faults[k]))]
 
-    def order(self, fault: Fault) -> tuple[int, int, int]:
-        """Faults in the order of blame: by step, then as the graph runs, then by certificate."""
+    def order(self, fault: Fault) -> tuple[bool, int, int, int]:
+        """Faults in the order of blame: those of the run itself before those of repetitions, where what a node did to
+        another layer's cache has come round; then by step, as the graph runs, and by certificate."""
         wiring = self.wirings.get(fault.site)
         index = len(self.wirings) if wiring is None else wiring.index
-        return fault.step, index, CERTIFICATES.index(fault.certificate)
+        repeated = (fault.site, fault.certificate) not in self._main
+        return repeated, fault.step, index, CERTIFICATES.index(fault.certificate)
 
     def blamed(self) -> list[Fault]:
         """All faults, the one to blame first."""

@@ -156,10 +156,14 @@ class Watch:
                     del self._live[key]
 
     def _param(self, entry: Entry, node: Node) -> bool:
-        """PARAM; True if the shapes are wrong, so that nothing else can be said."""
+        """PARAM; True if the shapes are wrong, so that nothing else can be said. The length of a cache is a matter of
+        STATE."""
         wiring, messages = entry.wiring, []
-        misshapen = _misshapen(wiring, node, self._order.rows(node.site), self._dtype)
-        if misshapen:
+        misshapen, cached = _misshapen(wiring, node, self._order.rows(node.site), self._dtype)
+        if cached:
+            entry.outcomes["STATE"] = "fault"
+            self._fault(entry, "STATE", misshapen, node.position)
+        elif misshapen:
             messages.append(misshapen)
         if node.position != self._order.position(node.site):
             messages.append(f"position: expected {self._order.position(node.site)}, found {node.position}")
@@ -287,22 +291,23 @@ class Broken(Exception):
     """The session can not go on; the fault is in the ledger."""
 
 
-def _misshapen(wiring: Wiring, node: Node, rows: int, dtype: np.dtype[Any]) -> str:
-    """What is wrong with the shapes and dtypes of a node, "" if nothing is."""
+def _misshapen(wiring: Wiring, node: Node, rows: int, dtype: np.dtype[Any]) -> tuple[str, bool]:
+    """What is wrong with the shapes and dtypes of a node, "" if nothing is; and whether it is the length of a cache."""
     arrays: Mapping[str, Array | None] = {**node.inputs, **node.outputs}
     most = rows
     if wiring.site == "lm_head":  # in parts
         rows = len(node.outputs["out"])
         if not 1 <= rows <= most:
-            return f"out: expected 1 to {most} rows, found {rows}"
+            return f"out: expected 1 to {most} rows, found {rows}", False
     for name, row in wiring.row.items():
         array = arrays.get(name)
         count = node.position + rows if name in wiring.state else rows
         wanted = np.dtype(np.int64) if name in (wiring.positions, wiring.tokens) else dtype
         if array is None:
-            return f"{name}: expected a tensor, found none"
+            return f"{name}: expected a tensor, found none", False
         if array.shape != (count, *row):
-            return f"{name}: expected shape {[count, *row]}, found {list(array.shape)}"
+            cached = name in wiring.state and array.shape[1:] == tuple(row)
+            return f"{name}: expected shape {[count, *row]}, found {list(array.shape)}", cached
         if array.dtype != wanted:
-            return f"{name}: expected {wanted}, found {array.dtype}"
-    return ""
+            return f"{name}: expected {wanted}, found {array.dtype}", False
+    return "", False
