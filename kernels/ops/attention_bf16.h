@@ -25,6 +25,14 @@ static inline int32_t pair_at(const bf16 *p) {
     memcpy(&pair, p, 4);
     return pair;
 }
+// The pair in all lanes. clang 16 crashes where it may fold the broadcast into the dot product, so it is not shown one.
+static inline __m512i splat(int32_t pair) {
+    __m512i x = _mm512_set1_epi32(pair);
+#if defined(__clang__)
+    __asm__("" : "+v"(x));
+#endif
+    return x;
+}
 static inline Vec dot(Vec sum, __m512i a, __m512i b) { return {_mm512_dpbf16_ps(sum.v, __m512bh(a), __m512bh(b))}; }
 
 // out[m, :] (+)= sum over pairs in [begin, end) of a[m, pair] panel[pair, :], and, if `half`, the lower elements of the
@@ -39,7 +47,7 @@ static inline void pair_tile(float *out, int64_t out_row, const bf16 *a, int64_t
         __m512i column[NV];
         for (int n = 0; n < NV; ++n) column[n] = _mm512_loadu_si512(panel + k * PANEL + n * Vec::N);
         for (int m = 0; m < M; ++m) {
-            const __m512i factor = _mm512_set1_epi32(pair_at(a + m * a_row + 2 * k));
+            const __m512i factor = splat(pair_at(a + m * a_row + 2 * k));
             for (int n = 0; n < NV; ++n) sum[m][n] = dot(sum[m][n], factor, column[n]);
         }
     }
@@ -47,8 +55,7 @@ static inline void pair_tile(float *out, int64_t out_row, const bf16 *a, int64_t
         const __m512i lower = _mm512_set1_epi32(0xffff);
         for (int n = 0; n < NV; ++n) {
             const __m512i column = _mm512_and_si512(_mm512_loadu_si512(panel + end * PANEL + n * Vec::N), lower);
-            for (int m = 0; m < M; ++m)
-                sum[m][n] = dot(sum[m][n], _mm512_set1_epi32(a[m * a_row + 2 * end].bits), column);
+            for (int m = 0; m < M; ++m) sum[m][n] = dot(sum[m][n], splat(a[m * a_row + 2 * end].bits), column);
         }
     }
     for (int m = 0; m < M; ++m)
