@@ -257,7 +257,7 @@ def test_param(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def tamper(node: Node) -> None:
         if node.site == LAYER + "self_attn.attn":
             node.scalars["scale"] *= 2
-        if node.site == LAYER + "self_attn.rope_k" and node.position > 0:
+        if node.site == LAYER + "self_attn.rope_k":
             node.scalars["theta"] = 1.0
 
     tampered(monkeypatch, tamper)
