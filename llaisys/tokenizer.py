@@ -6,6 +6,8 @@ its types; what is not bounded is the time that its regular expressions take on 
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +23,8 @@ __all__ = ["TextStream", "Tokenizer"]
 MAX_TOKENIZER_BYTES = 32 << 20
 MAX_CONFIG_BYTES = 4 << 20
 MAX_TEMPLATE_BYTES = 1 << 20
+# Characters that the steps of a normalizer, or of a decoder, may make of one. Qwen2's make one or two.
+MAX_GROWTH = 1024
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -54,6 +58,8 @@ class Tokenizer:
         raw = folder.read_bytes(name, MAX_TOKENIZER_BYTES)
         with foreign(folder.path / name, "content", "a tokenizer of the tokenizers library"):
             backend = tokenizers.Tokenizer.from_str(raw.decode("utf-8"))
+        for field in ("normalizer", "decoder"):
+            _check_growth(folder.path / name, field, getattr(backend, field))
         dropout = getattr(backend.model, "dropout", None)
         if dropout:
             raise CheckpointError(
@@ -246,6 +252,27 @@ class Tokenizer:
 
     def _bad(self, field: str, expected: str, found: Any) -> CheckpointError:
         return CheckpointError(file=Path(self._file), field=field, expected=expected, found=show(found))
+
+
+def _check_growth(file: Path, field: str, part: Any) -> None:
+    """Refuse a chain of replacements that makes a text of any length out of one character: the tokenizers library
+    aborts the process when it gets no memory."""
+    found = 1 if part is None else _growth(json.loads(part.__getstate__()))
+    if found > MAX_GROWTH:
+        raise CheckpointError(
+            file=file, field=field, expected=f"steps that make at most {MAX_GROWTH} characters of one", found=found
+        )
+
+
+def _growth(part: Any) -> int:
+    """How many characters one may become in a serialised normalizer or decoder and all its steps."""
+    if isinstance(part, list):
+        return math.prod(map(_growth, part))
+    if not isinstance(part, dict):
+        return 1
+    own = {"Replace": "content", "Prepend": "prepend"}.get(str(part.get("type")))
+    added = len(str(part[own])) if own is not None and own in part else 0
+    return (1 + added) * math.prod(map(_growth, part.values()))
 
 
 class TextStream:

@@ -342,6 +342,22 @@ def test_other_bad_files(folder: Path) -> None:
         Tokenizer.open(folder)
 
 
+def test_replacements_that_grow_without_end_are_refused(folder: Path) -> None:
+    """The tokenizers library would abort the process for want of memory."""
+    grow = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}
+    chain = {"type": "Sequence", "normalizers": [grow] * 4}
+    with pytest.raises(CheckpointError, match="normalizer: expected steps that make at most 1024 characters of one"):
+        Tokenizer.open(edit(folder, "tokenizer.json", normalizer=chain))
+    decoders = {"type": "Sequence", "decoders": [grow] * 4}
+    with pytest.raises(CheckpointError, match="decoder: expected steps"):
+        Tokenizer.open(edit(folder, "tokenizer.json", normalizer=None, decoder=decoders))
+    # As Llama's, which are harmless.
+    prepend = {"type": "Prepend", "prepend": "\u2581"}
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    usual = {"type": "Sequence", "normalizers": [prepend, replace]}
+    assert Tokenizer.open(edit(folder, "tokenizer.json", normalizer=usual, decoder=None)).encode("a b")
+
+
 def test_dropout_is_refused(folder: Path) -> None:
     model = json.loads((folder / "tokenizer.json").read_text())["model"]
     edit(folder, "tokenizer.json", model={**model, "dropout": 0.5})
