@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -77,7 +78,7 @@ def _print(rows: list[Row], wrong: list[Case]) -> None:
 
     table = Table("rule", *("found", "right site", "right certificate", "false alarms"), box=None, pad_edge=False)
     for column in table.columns[1:]:
-        column.justify = "right"
+        column.justify, column.no_wrap = "right", True
     for row in rows:
         table.add_row(
             row.rule,
@@ -86,7 +87,7 @@ def _print(rows: list[Row], wrong: list[Case]) -> None:
             "" if row.certificates is None else _share(row.certificates, row.faults),
             f"{row.alarms} of {row.controls}",
         )
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
     console.print(table)
     for case in wrong:
         job, fault = case.job, case.mutant.name if case.mutant else "nothing"

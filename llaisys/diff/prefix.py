@@ -49,13 +49,13 @@ def certify_infer(model: Qwen2, ledger: Ledger, prompt: list[int], following: li
         wanted = len(tokens) - kept
         if computed < wanted:
             text = f"expected {wanted} tokens to be computed, as {kept} are those of the call before, found {computed}"
-            ledger.fault(attention, "STATE", f"{INFER} {how}: {text}", position=position)
+            ledger.fault(attention, "STATE", f"{INFER} {how}: {text}", position=position, scene=INFER)
             return False
         if token != expected:
             text = f"{INFER} {how}: expected token {expected} as in the run, found {token}"
             # A fresh pass computes what the run did, so what is wrong then is how the token is chosen.
             site, certificate = (attention, "STATE") if kept or how != "afresh" else ("argmax", "LOCAL")
-            ledger.fault(site, certificate, text, position=position)
+            ledger.fault(site, certificate, text, position=position, scene=INFER)
             return False
         return True
 
@@ -79,7 +79,7 @@ def certify_infer(model: Qwen2, ledger: Ledger, prompt: list[int], following: li
         infer.reset()
         compare("after a reset", prompt, following[0], 0)
     except LlaisysError as error:
-        ledger.fault(attention, "STATE", f"{INFER} failed: {error}", position=0)
+        ledger.fault(attention, "STATE", f"{INFER} failed: {error}", position=0, scene=INFER)
     return len(calls)
 
 
