@@ -1,4 +1,4 @@
-"""The amx tier on machines without tiles: a library whose tiles are emulated goes through the tests of linear."""
+"""The amx tier on machines without tiles: a library whose tiles are emulated goes through the tests of its kernels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import llaisys
 ROOT = Path(__file__).parent.parent
 
 
-def test_linear_on_emulated_tiles(tmp_path: Path) -> None:
+def test_emulated_tiles(tmp_path: Path) -> None:
     if platform.machine() != "x86_64" or not llaisys.has_isa("avx512"):
         pytest.skip("the kernels of the amx tier use AVX-512 beside tiles, which this machine has not")
     if llaisys.has_isa("amx"):
@@ -36,8 +36,9 @@ def test_linear_on_emulated_tiles(tmp_path: Path) -> None:
     library = tmp_path / "build" / "libllaisys.so"
     code = "import llaisys; print(llaisys.isa())"
     assert run(sys.executable, "-c", code, library=library).strip() == "amx"
-    tests = (ROOT / "tests/ops/test_linear.py", ROOT / "tests/test_invariance.py")
-    chosen = "amx and bf16 and (linear or Linear) or guarded"
+    names = ("ops/test_linear", "ops/test_self_attention", "ops/test_rope_self_attention", "test_invariance")
+    tests = [ROOT / f"tests/{name}.py" for name in names]
+    chosen = "amx and bf16 and (linear or Linear or Attention) or guarded"
     found = run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *tests, library=library)
     passed = re.search(r"(\d+) passed", found)
     assert passed and int(passed[1]) >= 20, found[-500:]

@@ -14,6 +14,9 @@
 
 #include "attention_tile.h"
 
+#if defined(__AMX_BF16__)
+#include "core/amx.h"
+#endif
 #include <immintrin.h>
 
 namespace llaisys::LLAISYS_TIER {
@@ -75,14 +78,6 @@ static inline void pair_product(float *out, int64_t out_row, const bf16 *a, int6
 }
 
 #if defined(__AMX_BF16__)
-// The operand of ldtilecfg. gcc 12 takes _tile_loadconfig to read fewer bytes than it does and drops stores to the
-// others, hence the assembly with all 64 bytes as its operand.
-struct alignas(64) AttentionTiles {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
 // out[m, :] (+)= sum over chunks in [begin, end) of a[m, chunk] panel[chunk, :], for 16 rows. Tiles 0 to 3 hold the
 // sums, 4 the rows, 5 and 6 the panel in turns.
 template <int NV>
@@ -90,32 +85,32 @@ static inline void chunk_tile(float *out, int64_t out_row, const bf16 *a, int64_
                               int64_t begin, int64_t end) {
     const int64_t out_bytes = out_row * 4, a_bytes = a_row * 2, panel_bytes = PANEL * 4;
     if (begin == 0) {
-        _tile_zero(0);
-        if constexpr (NV > 1) _tile_zero(1);
-        if constexpr (NV > 2) _tile_zero(2);
-        if constexpr (NV > 3) _tile_zero(3);
+        tile_zero<0>();
+        if constexpr (NV > 1) tile_zero<1>();
+        if constexpr (NV > 2) tile_zero<2>();
+        if constexpr (NV > 3) tile_zero<3>();
     } else {
-        _tile_loadd(0, out, out_bytes);
-        if constexpr (NV > 1) _tile_loadd(1, out + 16, out_bytes);
-        if constexpr (NV > 2) _tile_loadd(2, out + 32, out_bytes);
-        if constexpr (NV > 3) _tile_loadd(3, out + 48, out_bytes);
+        tile_load<0>(out, out_bytes);
+        if constexpr (NV > 1) tile_load<1>(out + 16, out_bytes);
+        if constexpr (NV > 2) tile_load<2>(out + 32, out_bytes);
+        if constexpr (NV > 3) tile_load<3>(out + 48, out_bytes);
     }
     for (int64_t c = begin; c < end; ++c) {
         const float *b = panel + c * (CHUNK / 2) * PANEL;
-        _tile_loadd(4, a + c * CHUNK, a_bytes);
-        _tile_loadd(5, b, panel_bytes);
-        if constexpr (NV > 1) _tile_loadd(6, b + 16, panel_bytes);
-        _tile_dpbf16ps(0, 4, 5);
-        if constexpr (NV > 2) _tile_loadd(5, b + 32, panel_bytes);
-        if constexpr (NV > 1) _tile_dpbf16ps(1, 4, 6);
-        if constexpr (NV > 3) _tile_loadd(6, b + 48, panel_bytes);
-        if constexpr (NV > 2) _tile_dpbf16ps(2, 4, 5);
-        if constexpr (NV > 3) _tile_dpbf16ps(3, 4, 6);
+        tile_load<4>(a + c * CHUNK, a_bytes);
+        tile_load<5>(b, panel_bytes);
+        if constexpr (NV > 1) tile_load<6>(b + 16, panel_bytes);
+        tile_dot<0, 4, 5>();
+        if constexpr (NV > 2) tile_load<5>(b + 32, panel_bytes);
+        if constexpr (NV > 1) tile_dot<1, 4, 6>();
+        if constexpr (NV > 3) tile_load<6>(b + 48, panel_bytes);
+        if constexpr (NV > 2) tile_dot<2, 4, 5>();
+        if constexpr (NV > 3) tile_dot<3, 4, 6>();
     }
-    _tile_stored(0, out, out_bytes);
-    if constexpr (NV > 1) _tile_stored(1, out + 16, out_bytes);
-    if constexpr (NV > 2) _tile_stored(2, out + 32, out_bytes);
-    if constexpr (NV > 3) _tile_stored(3, out + 48, out_bytes);
+    tile_store<0>(out, out_bytes);
+    if constexpr (NV > 1) tile_store<1>(out + 16, out_bytes);
+    if constexpr (NV > 2) tile_store<2>(out + 32, out_bytes);
+    if constexpr (NV > 3) tile_store<3>(out + 48, out_bytes);
 }
 static inline void chunk_product(float *out, int64_t out_row, const bf16 *a, int64_t a_row, const float *panel,
                                  int64_t vectors, int64_t begin, int64_t end) {
@@ -175,10 +170,11 @@ struct AttentionMath<bf16> {
 #if defined(__AMX_BF16__)
     static constexpr int64_t ROWS = 16;
     static void begin() {
-        AttentionTiles config;
-        __asm__ volatile("ldtilecfg %0" : : "m"(config));
+        TileConfig config; // all of them whole
+        for (int tile = 0; tile < 8; ++tile) config.row_bytes[tile] = 64, config.rows[tile] = 16;
+        tile_configure(config);
     }
-    static void end() { _tile_release(); }
+    static void end() { tile_release(); }
     static int64_t rows(int64_t left) { return left < ROWS ? left : ROWS; }
 
     static void score(float *scores, int64_t scores_row, const bf16 *queries, int64_t, const float *panel,
