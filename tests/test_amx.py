@@ -38,7 +38,7 @@ def test_emulated_tiles(tmp_path: Path) -> None:
     assert run(sys.executable, "-c", code, library=library).strip() == "amx"
     names = ("ops/test_linear", "ops/test_self_attention", "ops/test_rope_self_attention", "test_invariance")
     tests = [ROOT / f"tests/{name}.py" for name in names]
-    chosen = "amx and bf16 and (linear or Linear or Attention) or guarded"
+    chosen = "amx and (bf16 or f16) and (linear or Linear or Attention) or guarded"
     found = run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *tests, library=library)
     passed = re.search(r"(\d+) passed", found)
     assert passed and int(passed[1]) >= 20, found[-500:]

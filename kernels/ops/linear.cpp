@@ -43,15 +43,6 @@ constexpr int64_t FEW_TILES = 6;
 static inline int64_t tiles_of(const LinearArgs &args) { return (args.rows + TILE_ROWS - 1) / TILE_ROWS; }
 static inline int64_t tile_row(const LinearArgs &args, int64_t tile) { return tile * args.rows / tiles_of(args); }
 
-// Whether the product runs on AMX tiles; the tiles of x are then blocks of 16 rows.
-static inline bool on_tiles([[maybe_unused]] const LinearArgs &args) {
-#if defined(__AMX_BF16__)
-    return args.dtype == LLAISYS_DTYPE_BF16;
-#else
-    return false;
-#endif
-}
-
 // Where the block of the panel that starts with column c begins, the first of a block.
 template <class T>
 static inline char *block_of(const LinearArgs &args, int64_t c) {
@@ -192,16 +183,17 @@ static void finish_row(T *out, const float *sums, const T *bias, int64_t n) {
 LinearPlanFn linear_plan;
 LinearPlan linear_plan(const LinearArgs &args) {
     LinearPlan plan{};
-#if defined(__AMX_BF16__)
-    if (on_tiles(args))
-        return {tile_panel_bytes(args.rows, args.x.length),
-                args.rows * LINEAR_FEATURES * int64_t(sizeof(float)) + tile_work_bytes(args.rows),
-                tile_blocks(args.rows)};
-#endif
     with_type(args.dtype, [&]<class T>(T) {
+        const int64_t sums = args.rows * LINEAR_FEATURES * int64_t(sizeof(float));
+#if defined(__AMX_BF16__)
+        if constexpr (ON_TILES<T>) {
+            plan = {tile_panel_bytes<T>(args.rows, args.x.length), sums + tile_work_bytes<T>(args.rows),
+                    tile_blocks(args.rows)};
+            return;
+        }
+#endif
         plan.panel_bytes = args.rows * panel_bytes<T>(args.x.length);
         plan.tiles = tiles_of(args);
-        const int64_t sums = args.rows * LINEAR_FEATURES * int64_t(sizeof(float));
         plan.work_bytes = sums + (plan.tiles <= FEW_TILES ? 0 : LINEAR_FEATURES * BLOCK_BYTES);
     });
     return plan;
@@ -209,40 +201,39 @@ LinearPlan linear_plan(const LinearArgs &args) {
 
 LinearPackFn linear_pack;
 void linear_pack(const LinearArgs &args, int64_t begin, int64_t end) {
+    with_type(args.dtype, [&]<class T>(T) {
 #if defined(__AMX_BF16__)
-    if (on_tiles(args)) {
-        const int64_t block = panel_block(args.rows, args.x.length);
-        for (int64_t b = begin; b < end; ++b) {
-            const int64_t row = b * TILE, count = args.rows - row < TILE ? args.rows - row : TILE;
-            pack_block((bf16 *)args.panel + b * block, args.x, args.row + row, count, block_rows(args.rows));
-        }
-        return;
-    }
+        if constexpr (ON_TILES<T>) return pack_blocks<T>((bf16 *)args.panel, args.x, args.row, args.rows, begin, end);
 #endif
-    with_type(args.dtype, [&]<class T>(T) { pack<T>(args, begin, end); });
+        pack<T>(args, begin, end);
+    });
 }
 
 LinearFn linear;
 void linear(const LinearArgs &args, int64_t first, int64_t last, int64_t begin, int64_t end, char *work) {
     with_type(args.dtype, [&]<class T>(T) {
         const auto row_of = [&](int64_t tile) {
-            if (!on_tiles(args)) return tile_row(args, tile);
-            return tile * 16 < args.rows ? tile * 16 : args.rows;
+#if defined(__AMX_BF16__)
+            if constexpr (ON_TILES<T>) return block_row(args.rows, tile);
+#endif
+            return tile_row(args, tile);
         };
         const int64_t row = row_of(first), rows = row_of(last) - row;
         auto *sums = (float *)work;
         char *packed = work + rows * LINEAR_FEATURES * int64_t(sizeof(float));
-        if (args.x.length == 0)
-            memset(sums, 0, size_t(packed - work));
+        const auto add_up = [&] {
+            if (args.x.length == 0) return (void)memset(sums, 0, size_t(packed - work));
 #if defined(__AMX_BF16__)
-        else if (on_tiles(args))
-            tile_sums(sums, LINEAR_FEATURES, args.weight, (const bf16 *)args.panel, args.rows, first, last, begin, end,
-                      packed);
+            if constexpr (ON_TILES<T>)
+                return tile_sums<T>(sums, LINEAR_FEATURES, args.weight, (const bf16 *)args.panel, args.rows, first,
+                                    last, begin, end, packed);
 #endif
-        else if (last - first <= FEW_TILES)
-            few_rows<T>(args, sums, first, last, begin, end);
-        else
-            many_rows<T>(args, sums, packed, first, last, begin, end);
+            if (last - first <= FEW_TILES)
+                few_rows<T>(args, sums, first, last, begin, end);
+            else
+                many_rows<T>(args, sums, packed, first, last, begin, end);
+        };
+        add_up();
         for (int64_t m = 0; m < rows; ++m)
             finish_row((T *)row_at(args.out, args.row + row + m) + begin, sums + m * LINEAR_FEATURES,
                        args.bias ? (const T *)args.bias + begin : nullptr, end - begin);

@@ -19,7 +19,7 @@ ROOFS = {
     "amx_bf16": "bf16 tiles, AMX",
 }
 #: Units that a tier may compute a dtype with, and how many of their operations one needs. On tiles f16 is two bf16
-#: parts and f32 three, of the products of which at least three and six count.
+#: parts, all four products of which count, and f32 would be three parts and six products.
 _UNITS: dict[str, dict[str, tuple[tuple[str, int], ...]]] = {
     "scalar": dict.fromkeys(("f32", "f16", "bf16"), (("scalar_f32", 1),)),
     "avx2": dict.fromkeys(("f32", "f16", "bf16"), (("avx2_f32", 1),)),
@@ -29,7 +29,7 @@ _UNITS: dict[str, dict[str, tuple[tuple[str, int], ...]]] = {
     },
     "amx": {
         "f32": (("avx512_f32", 1), ("amx_bf16", 6)),
-        "f16": (("avx512_f32", 1), ("amx_bf16", 3)),
+        "f16": (("avx512_f32", 1), ("amx_bf16", 4)),
         "bf16": (("amx_bf16", 1),),
     },
 }

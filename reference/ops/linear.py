@@ -140,6 +140,23 @@ def small_integers(values: dict[str, Any]) -> dict[str, Any]:
     return {"x": x.astype(dtype), "weight": weight.astype(dtype), "bias": np.arange(-3, features - 3).astype(dtype)}
 
 
+def whole_range(values: dict[str, Any]) -> dict[str, Any]:
+    """Numbers of every size that the dtype has, and weights of the inverse size: no product is beyond 4, and none is
+    lost. In bf16 without subnormals, which products of pairs may take for zero."""
+    rng = np.random.default_rng(7)
+    dtype = values["x"].dtype
+    least, most = {FLOATS["f32"]: (-149, 126), FLOATS["f16"]: (-24, 14), FLOATS["bf16"]: (-126, 126)}[dtype]
+    exponents = rng.integers(least, most, values["x"].shape[-1], endpoint=True).astype(np.float64)
+    size, inverse = np.exp2(exponents), np.exp2(np.minimum(-exponents, most))
+
+    def scaled(name: str, by: Array) -> Array:
+        sign = np.where(values[name].astype(np.float64) < 0, -1.0, 1.0)
+        x = sign * rng.uniform(1, 2, values[name].shape) * by
+        return np.where(rng.random(x.shape) < 0.1, 0, x).astype(dtype)
+
+    return {"x": scaled("x", size), "weight": scaled("weight", inverse)}
+
+
 def not_finite(values: dict[str, Any]) -> dict[str, Any]:
     """NaN and infinities in some rows of x and of the weight; all other outputs are ordinary."""
     x, weight = values["x"].copy(), values["weight"].copy()
@@ -179,6 +196,7 @@ SPEC = Spec(
         Probe("constant", {"...": (3,), "N": 17, "C": 2049}, lambda v: {k: np.full_like(x, 0.7) for k, x in v.items()}),
         Probe("small integers", {"...": (5,), "N": 33, "C": 1029}, small_integers, exact=True),
         Probe("small integers in short sums", {"...": (66,), "N": 21, "C": 37}, small_integers, exact=True),
+        Probe("numbers of every size", {"...": (19,), "N": 37, "C": 333}, whole_range),
         Probe("NaN and infinities", {"...": (4,), "N": 19, "C": 50}, not_finite),
     ),
     shared={"...": (70,), "N": 200, "C": 1100},
