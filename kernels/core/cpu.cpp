@@ -31,6 +31,12 @@ uint64_t xcr0() {
     return uint64_t(high) << 32 | low;
 }
 
+bool detect_avx512_bf16() {
+    uint32_t a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+}
+
+// Kernels of the amx tier use AVX512_BF16 beside the tiles; no processor has these without it.
 int detect() {
     uint32_t a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d)) return SCALAR;
@@ -39,12 +45,7 @@ int detect() {
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b >> 5 & 1)) return SCALAR;
     const bool f = b >> 16 & 1, dq = b >> 17 & 1, bw = b >> 30 & 1, vl = b >> 31 & 1;
     if (!(f && dq && bw && vl) || (xcr0() & 0xe6) != 0xe6) return AVX2;
-    return may_use_tiles() ? AMX : AVX512;
-}
-
-bool detect_avx512_bf16() {
-    uint32_t a, b, c, d;
-    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+    return detect_avx512_bf16() && may_use_tiles() ? AMX : AVX512;
 }
 
 #else

@@ -10,6 +10,8 @@
 
 #if defined(__AVX512BF16__)
 #include "attention_bf16.h"
+#elif defined(__AMX_BF16__)
+#error "the amx tier is compiled with -mavx512bf16: else attention would quietly do without tiles"
 #endif
 
 namespace llaisys {
