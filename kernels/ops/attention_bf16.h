@@ -119,18 +119,72 @@ static inline void chunk_product(float *out, int64_t out_row, const bf16 *a, int
     if (vectors == 2) return chunk_tile<2>(out, out_row, a, a_row, panel, begin, end);
     chunk_tile<1>(out, out_row, a, a_row, panel, begin, end);
 }
+
+// The chunks that each row sees all of: `product` adds those in [begin, end) to the sums of all rows.
+template <class Limit, class Product>
+static inline void weigh_chunks(float *out, int64_t out_row, int64_t n, int64_t vectors, Limit limit, Product product) {
+    alignas(64) float sums[16 * PANEL];
+    int64_t done = 0;
+    while (done < n) {
+        // Chunks that the next row sees all of, and with it those behind; who is done keeps what it has.
+        const int64_t before = done == 0 ? 0 : limit(done - 1) / CHUNK, chunks = limit(done) / CHUNK;
+        if (chunks > before) product(sums, before, chunks);
+        const int64_t from = done;
+        while (done < n && limit(done) / CHUNK == chunks) ++done;
+        if (chunks > 0)
+            for (int64_t i = from; i < done; ++i)
+                for (int64_t c = 0; c < vectors * Vec::N; c += Vec::N)
+                    store(out + i * out_row + c, load(sums + i * PANEL + c));
+    }
+}
 #endif
 
+// Calls `call` with the first row, their number and their keys for rows that see the same keys together.
+template <class Limit, class Call>
+static inline void same_keys(int64_t n, Limit limit, Call call) {
+    for (int64_t i = 0, same; i < n; i += same) {
+        const int64_t own = limit(i);
+        for (same = 1; i + same < n && same < TILE_ROWS && limit(i + same) == own;) ++same;
+        call(i, same, own);
+    }
+}
+
+// What the kernels on weights rounded to 16 bits have in common.
+#if defined(__AMX_BF16__)
+struct TileMath {
+    static constexpr int64_t ROWS = 16;
+    static void begin() {
+        TileConfig config; // all of them whole
+        for (int tile = 0; tile < 8; ++tile) config.row_bytes[tile] = 64, config.rows[tile] = 16;
+        tile_configure(config);
+    }
+    static void end() { tile_release(); }
+    static int64_t rows(int64_t left) { return left < ROWS ? left : ROWS; }
+#else
+struct TileMath {
+    static constexpr int64_t ROWS = 1;
+    static void begin() {}
+    static void end() {}
+    static int64_t rows(int64_t left) { return tile_rows(left); }
+#endif
+    static bool direct(int64_t, int64_t) { return false; }
+    template <class Limit>
+    static void weigh_direct(float *, int64_t, const bf16 *, int64_t, int64_t, const char *, int64_t, int64_t, Limit) {}
+};
+
 template <>
-struct AttentionMath<bf16> {
+struct AttentionMath<bf16> : TileMath {
     using Factor = bf16;
+    static constexpr int64_t PARTS = 1;
     static int64_t depth(int64_t d) { return (d + CHUNK - 1) / CHUNK * CHUNK; }
 
     static void query(bf16 *to, const bf16 *q, int64_t d) {
         memcpy(to, q, size_t(d) * sizeof(bf16));
         memset(to + d, 0, size_t(depth(d) - d) * sizeof(bf16));
     }
-    static void weight(bf16 *to, Vec e) { _mm256_storeu_si256((__m256i *)to, __m256i(_mm512_cvtneps_pbh(e.v))); }
+    static void weight(bf16 *row, int64_t at, Vec e) {
+        _mm256_storeu_si256((__m256i *)(row + at), __m256i(_mm512_cvtneps_pbh(e.v)));
+    }
 
     static void keys(float *panel, const char *k, int64_t k_bytes, int64_t count, int64_t d) {
         transpose_keys<bf16, true>(panel, k, k_bytes, count, d);
@@ -150,33 +204,18 @@ struct AttentionMath<bf16> {
             }
         }
     }
-    static bool direct(int64_t, int64_t) { return false; }
-    template <class Limit>
-    static void weigh_direct(float *, int64_t, const bf16 *, int64_t, int64_t, const char *, int64_t, int64_t, Limit) {}
-
     // Keys [from, limit(i)) of each row, rows that see the same keys together.
     template <class Limit, class From>
     static void weigh_pairs(float *out, int64_t out_row, const bf16 *weights, int64_t weights_row, int64_t n,
                             const float *panel, int64_t vectors, Limit limit, From from) {
-        for (int64_t i = 0, same; i < n; i += same) {
-            const int64_t own = limit(i), start = from(own);
-            for (same = 1; i + same < n && same < TILE_ROWS && limit(i + same) == own;) ++same;
-            if (start < own)
-                pair_product(out + i * out_row, out_row, weights + i * weights_row, weights_row, same, panel, vectors,
+        same_keys(n, limit, [&](int64_t i, int64_t rows, int64_t own) {
+            if (const int64_t start = from(own); start < own)
+                pair_product(out + i * out_row, out_row, weights + i * weights_row, weights_row, rows, panel, vectors,
                              start / 2, own / 2, own % 2 != 0);
-        }
+        });
     }
 
 #if defined(__AMX_BF16__)
-    static constexpr int64_t ROWS = 16;
-    static void begin() {
-        TileConfig config; // all of them whole
-        for (int tile = 0; tile < 8; ++tile) config.row_bytes[tile] = 64, config.rows[tile] = 16;
-        tile_configure(config);
-    }
-    static void end() { tile_release(); }
-    static int64_t rows(int64_t left) { return left < ROWS ? left : ROWS; }
-
     static void score(float *scores, int64_t scores_row, const bf16 *queries, int64_t, const float *panel,
                       int64_t vectors, int64_t d) {
         chunk_product(scores, scores_row, queries, depth(d), panel, vectors, 0, depth(d) / CHUNK);
@@ -184,28 +223,13 @@ struct AttentionMath<bf16> {
     template <class Limit>
     static void weigh(float *out, int64_t out_row, const bf16 *weights, int64_t weights_row, int64_t n,
                       const float *panel, int64_t vectors, Limit limit) {
-        alignas(64) float sums[ROWS * PANEL];
-        int64_t done = 0;
-        while (done < n) {
-            // Chunks that the next row sees all of, and with it those behind; who is done keeps what it has.
-            const int64_t before = done == 0 ? 0 : limit(done - 1) / CHUNK, chunks = limit(done) / CHUNK;
-            if (chunks > before) chunk_product(sums, PANEL, weights, weights_row, panel, vectors, before, chunks);
-            const int64_t from = done;
-            while (done < n && limit(done) / CHUNK == chunks) ++done;
-            if (chunks > 0)
-                for (int64_t i = from; i < done; ++i)
-                    for (int64_t c = 0; c < vectors * Vec::N; c += Vec::N)
-                        store(out + i * out_row + c, load(sums + i * PANEL + c));
-        }
+        weigh_chunks(out, out_row, n, vectors, limit, [&](float *sums, int64_t begin, int64_t end) {
+            chunk_product(sums, PANEL, weights, weights_row, panel, vectors, begin, end);
+        });
         weigh_pairs(out, out_row, weights, weights_row, n, panel, vectors, limit,
                     [](int64_t own) { return own / CHUNK * CHUNK; });
     }
 #else
-    static constexpr int64_t ROWS = 1;
-    static void begin() {}
-    static void end() {}
-    static int64_t rows(int64_t left) { return tile_rows(left); }
-
     static void score(float *scores, int64_t scores_row, const bf16 *queries, int64_t n, const float *panel,
                       int64_t vectors, int64_t d) {
         pair_product(scores, scores_row, queries, depth(d), n, panel, vectors, 0, (d + 1) / 2, false);

@@ -120,6 +120,7 @@ template <class T>
 struct AttentionMath {
     using Factor = float;                         // element of a row of queries or weights
     static constexpr int64_t ROWS = 1;            // rows of both are filled up to a multiple of it
+    static constexpr int64_t PARTS = 1;           // elements that hold a weight
     static int64_t depth(int64_t d) { return d; } // elements of a row of queries
     static void begin() {}
     static void end() {}
@@ -129,7 +130,7 @@ struct AttentionMath {
         for (; c + Vec::N <= d; c += Vec::N) store(to + c, load(q + c));
         if (c < d) store(to + c, load(q + c, d - c), d - c);
     }
-    static void weight(float *to, Vec e) { store(to, e); }
+    static void weight(float *row, int64_t at, Vec e) { store(row + at, e); }
 
     // Rows that the next tile takes.
     static int64_t rows(int64_t left) { return tile_rows(left); }

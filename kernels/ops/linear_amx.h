@@ -7,15 +7,16 @@
 // accumulation, whatever is computed beside it. The processor takes subnormal bf16 numbers for zero in these products
 // and flushes subnormal sums; the bound of the SPEC says so.
 //
-// A number in f16 is the sum of two bf16 numbers, which are never subnormal, as 2^-24 is the smallest. So a dot product
-// in f16 is the sum of four in bf16, and none of them can be left out: the product of the low parts is up to 2^-14 of
-// the whole. Two tiles of weights are then the high and the low parts of 16 rows in place of 32 rows, and two blocks of
-// x are those of 16 rows of x. At best that is a quarter of the bf16 products, 1.6 TFLOP/s where FMA in f32 has 0.4.
+// A number in f16 is the sum of two bf16 numbers (f16_parts.h). So a dot product in f16 is the sum of four in bf16, and
+// none of them can be left out: the product of the low parts is up to 2^-14 of the whole. Two tiles of weights are then
+// the high and the low parts of 16 rows in place of 32 rows, and two blocks of x are those of 16 rows of x. At best
+// that is a quarter of the bf16 products, 1.6 TFLOP/s where FMA in f32 has 0.4.
 #pragma once
 
 #include "core/tier.h"
 
 #include "core/amx.h"
+#include "f16_parts.h"
 
 #include <immintrin.h>
 
@@ -48,17 +49,13 @@ template <>
 struct Parts<f16> {
     static constexpr int COUNT = 2;
     // A pair is column i and column i + 16: a shift and a mask put it together, where neighbours would need a shuffle.
-    // The high part is the number cut off after 8 bits and the low one the rest, 3 bits. Of an infinity or a NaN the
-    // low part is NaN, see add_parts.
+    // For infinities and NaNs see add_parts.
     static inline void load(__m512i (&part)[COUNT], const f16 *p, int64_t columns) {
-        const __m512i upper = _mm512_set1_epi32(int(0xffff0000));
         Vec a, b;
         columns < TILE_COLUMNS ? load2(p, columns, a, b) : load2(p, a, b);
-        const __m512i high_a = _mm512_and_si512(_mm512_castps_si512(a.v), upper);
-        const __m512i high_b = _mm512_and_si512(_mm512_castps_si512(b.v), upper);
-        const Vec low_a = a - Vec{_mm512_castsi512_ps(high_a)}, low_b = b - Vec{_mm512_castsi512_ps(high_b)};
-        part[0] = _mm512_or_si512(_mm512_srli_epi32(high_a, 16), high_b);
-        part[1] = _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(low_a.v), 16), _mm512_castps_si512(low_b.v));
+        const F16Parts left = parts_of(a), right = parts_of(b);
+        part[0] = paired(left.high, right.high);
+        part[1] = paired(_mm512_castps_si512(left.low.v), _mm512_castps_si512(right.low.v));
     }
 };
 // Whether linear in T runs on tiles.
@@ -262,8 +259,7 @@ static inline void add_parts(float *tiles) {
     constexpr int64_t SIZE = TILE * TILE;
     for (float *at = tiles; at < tiles + SIZE; at += TILE) {
         const Vec high = load(at), sum = high + ((load(at + SIZE) + load(at + 2 * SIZE)) + load(at + 3 * SIZE));
-        const __mmask16 finite = _mm512_cmp_ps_mask(_mm512_abs_ps(high.v), set1(__builtin_inff()).v, _CMP_LT_OQ);
-        store(at, Vec{_mm512_mask_mov_ps(high.v, finite, sum.v)});
+        store(at, Vec{_mm512_mask_mov_ps(high.v, finite_mask(high), sum.v)});
     }
 }
 

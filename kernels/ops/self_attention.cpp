@@ -10,6 +10,9 @@
 
 #if defined(__AVX512BF16__)
 #include "attention_bf16.h"
+#if defined(__AMX_BF16__)
+#include "attention_f16.h"
+#endif
 #elif defined(__AMX_BF16__)
 #error "the amx tier is compiled with -mavx512bf16: else attention would quietly do without tiles"
 #endif
@@ -58,7 +61,7 @@ int64_t attention_partial(const AttentionArgs &args) { return state_floats(args,
 struct Work {
     float *queries; // [rows, depth of D] of the dtype's Factor
     float *scores;  // [rows, KEYS]
-    float *weights; // [rows, KEYS] of the dtype's Factor; the scores themselves where that is f32
+    float *weights; // [rows, KEYS, PARTS] of the dtype's Factor; the scores themselves where that is f32
     float *panel;   // [D, PANEL] of keys or [KEYS, PANEL] of values
     float *rotated; // [D] of the storage dtype
     float *block;   // m, l [rows] of a block
@@ -72,7 +75,7 @@ static inline Work layout(const AttentionArgs &args, int64_t rows, float *base) 
     w.queries = base;
     w.scores = w.queries + padded * d;
     w.weights = w.scores + padded * KEYS;
-    w.panel = w.weights + padded * KEYS / 2;
+    w.panel = w.weights + padded * KEYS;
     w.rotated = w.panel + (d > KEYS ? d : KEYS) * PANEL;
     w.block = w.rotated + d;
     w.factors = w.block + 2 * whole_vectors(rows);
@@ -123,12 +126,12 @@ static inline void softmax_row(typename AttentionMath<T>::Factor *weights, const
     Vec sum = zero();
     for (int64_t j = 0; j < whole; j += Vec::N) {
         const Vec e = exp(load(scores + j) * scale - shift);
-        AttentionMath<T>::weight(weights + j, e);
+        AttentionMath<T>::weight(weights, j, e);
         sum = sum + e;
     }
     if (whole < n) {
         const Vec e = exp(tail - shift);
-        AttentionMath<T>::weight(weights + whole, e); // zeros behind n
+        AttentionMath<T>::weight(weights, whole, e); // zeros behind n
         sum = sum + e;
     }
     *l = hsum(sum);
@@ -219,12 +222,13 @@ static void attend_block(const AttentionArgs &args, const Work &w, const Tile &t
 
     auto *weights =
         sizeof(typename Math::Factor) == 4 ? (typename Math::Factor *)w.scores : (typename Math::Factor *)w.weights;
+    constexpr int64_t weights_row = KEYS * Math::PARTS;
     float *m = merged ? w.block : to.m, *l = merged ? w.block + whole_vectors(rows) : to.l;
     int64_t start = 0; // rows before see nothing of the block
     for (; limit(args, tile, block, start) <= 0; ++start) m[start] = -__builtin_inff(), l[start] = 0.0f;
     for (int64_t r = start; r < rows; ++r)
-        softmax_row<T>(weights + r * KEYS, w.scores + r * KEYS, limit(args, tile, block, r), set1(args.scale), m + r,
-                       l + r);
+        softmax_row<T>(weights + r * weights_row, w.scores + r * KEYS, limit(args, tile, block, r), set1(args.scale),
+                       m + r, l + r);
     for (int64_t r = rows; r % Vec::N != 0; ++r) m[r] = -__builtin_inff(), l[r] = 0.0f;
     float *old = w.factors, *added = w.factors + whole_vectors(rows);
     if constexpr (merged) merge_maxima(to, m, l, old, added, rows);
@@ -247,10 +251,10 @@ static void attend_block(const AttentionArgs &args, const Work &w, const Tile &t
             const int64_t out_row = merged ? PANEL : wide;
             const auto own = [&](int64_t i) { return limit(args, tile, block, r + i); };
             if (direct)
-                Math::weigh_direct(out, out_row, weights + r * KEYS, KEYS, n, block.v + c * int64_t(sizeof(T)),
-                                   args.v_token, vectors, own);
+                Math::weigh_direct(out, out_row, weights + r * weights_row, weights_row, n,
+                                   block.v + c * int64_t(sizeof(T)), args.v_token, vectors, own);
             else
-                Math::weigh(out, out_row, weights + r * KEYS, KEYS, n, w.panel, vectors, own);
+                Math::weigh(out, out_row, weights + r * weights_row, weights_row, n, w.panel, vectors, own);
             if constexpr (merged)
                 for (int64_t i = 0; i < n; ++i)
                     merge_sums(to.sums + (r + i) * wide + c, part + i * PANEL, old[r + i], added[r + i],
