@@ -65,12 +65,17 @@ def capsule_view(array: np.ndarray[Any, Any]) -> Any:
     return view
 
 
-def object_view(array: np.ndarray[Any, Any], _at: Any = _ArrayObject.from_address) -> Any:
+_at = _ArrayObject.from_address
+
+
+def object_view(array: np.ndarray[Any, Any]) -> Any:
     """`data` and `flags` of an array as its object has them."""
     return _at(id(array))
 
 
-def _alike() -> bool:
+def views_agree() -> bool:
+    """Whether the array object says what the capsule does."""
+
     def seen(view: Any) -> tuple[int, int, bool]:
         return view.data, view.nd, bool(view.flags & _WRITEABLE)
 
@@ -79,18 +84,27 @@ def _alike() -> bool:
     return all(seen(capsule_view(probe)) == seen(object_view(probe)) for probe in probes)
 
 
-_view = object_view if _alike() else capsule_view
+if views_agree():
 
+    def address_of(array: np.ndarray[Any, Any]) -> int:
+        """Address of the first element of an array."""
+        return _at(id(array)).data
 
-def address_of(array: np.ndarray[Any, Any], _view: Any = _view) -> int:
-    """Address of the first element of an array."""
-    return _view(array).data
+    def writable_address_of(array: np.ndarray[Any, Any]) -> int | None:
+        """Address of the first element of an array, None if it is read-only."""
+        view = _at(id(array))
+        return view.data if view.flags & _WRITEABLE else None
 
+else:
 
-def writable_address_of(array: np.ndarray[Any, Any], _view: Any = _view) -> int | None:
-    """Address of the first element of an array, None if it is read-only."""
-    view = _view(array)
-    return view.data if view.flags & _WRITEABLE else None
+    def address_of(array: np.ndarray[Any, Any]) -> int:
+        """Address of the first element of an array."""
+        return capsule_view(array).data
+
+    def writable_address_of(array: np.ndarray[Any, Any]) -> int | None:
+        """Address of the first element of an array, None if it is read-only."""
+        view = capsule_view(array)
+        return view.data if view.flags & _WRITEABLE else None
 
 
 def checked_address(call: str, name: str, value: int | ctypes.c_void_p | None) -> int:
