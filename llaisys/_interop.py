@@ -79,9 +79,9 @@ def views_agree() -> bool:
     def seen(view: Any) -> tuple[int, int, bool]:
         return view.data, view.nd, bool(view.flags & _WRITEABLE)
 
-    probes = [np.zeros((2, 3))[1:, ::2], np.zeros(5, np.int8)]
-    probes[1].flags.writeable = False
-    return all(seen(capsule_view(probe)) == seen(object_view(probe)) for probe in probes)
+    part, fixed = np.zeros((2, 3))[1:, ::2], np.zeros(5)
+    fixed.flags.writeable = False
+    return all(seen(capsule_view(probe)) == seen(object_view(probe)) for probe in (part, fixed))
 
 
 if views_agree():

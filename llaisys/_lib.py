@@ -211,7 +211,8 @@ def operator_by_address(spec: Spec) -> Any:
     """The C entry of an operator, its tensors given as addresses of structs: half as long a call as with pointers."""
     function = library()[spec.c_name]
     function.restype = c_int32
-    function.argtypes = (*(c_void_p for _ in spec.args), *(_SCALARS[scalar.dtype] for scalar in spec.scalars))
+    scalars: list[Any] = [_SCALARS[scalar.dtype] for scalar in spec.scalars]
+    function.argtypes = [c_void_p] * len(spec.args) + scalars
     return function
 
 
