@@ -17,9 +17,12 @@ from ctypes import CFUNCTYPE, POINTER, c_char_p, c_double, c_float, c_int, c_int
 from dataclasses import dataclass
 from pathlib import Path
 from threading import get_ident
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import InternalError, InvalidArgumentError, LibraryError, status_error
+
+if TYPE_CHECKING:
+    from .reference.spec import Spec
 
 MAX_DIMS = 8
 #: Instruction set tiers, lowest first.
@@ -202,6 +205,15 @@ def _load() -> tuple[ctypes.CDLL, LibraryInfo]:
         scalars = (_SCALARS[scalar.dtype] for scalar in spec.scalars)
         _function(lib, path, spec.c_name, c_int32, (*(POINTER(LlaisysTensor) for _ in spec.args), *scalars))
     return lib, info
+
+
+def operator_by_address(spec: Spec) -> Any:
+    """The C entry of an operator, its tensors given as addresses of structs: half as long a call as with pointers."""
+    function = library()[spec.c_name]
+    function.restype = c_int32
+    scalars: list[Any] = [_SCALARS[scalar.dtype] for scalar in spec.scalars]
+    function.argtypes = [c_void_p] * len(spec.args) + scalars
+    return function
 
 
 def _function(lib: ctypes.CDLL, path: Path, name: str, restype: Any, argtypes: tuple[Any, ...]) -> Any:

@@ -43,17 +43,18 @@ class _Plan:
     """What all calls of one operator share whose arguments have the same kinds, shapes, strides and dtypes.
 
     `addresses` fetch the address of each tensor, outputs first; `fresh` allocate the outputs where none are given.
-    `frames` are argument lists not in use: the structs, filled in but for their address, and the pointers to them.
+    `frames` are argument lists not in use: the structs, filled in but for their address, and where these lie.
     """
 
     __slots__ = ("addresses", "frames", "fresh", "function", "layouts")
 
     def __init__(self, function: Any, layouts: Sequence[Layout | None], addresses: Sequence[Any], fresh: Any) -> None:
         self.function, self.layouts, self.addresses, self.fresh = function, layouts, addresses, fresh
-        self.frames: list[tuple[tuple[LlaisysTensor, ...], tuple[Any, ...]]] = []
+        self.frames: list[tuple[tuple[LlaisysTensor, ...], tuple[int | None, ...]]] = []
 
-    def frame(self) -> tuple[tuple[LlaisysTensor, ...], tuple[Any, ...]]:
-        structs, pointers = [], []
+    def frame(self) -> tuple[tuple[LlaisysTensor, ...], tuple[int | None, ...]]:
+        structs: list[LlaisysTensor] = []
+        pointers: list[int | None] = []
         for layout in self.layouts:
             struct = LlaisysTensor()
             if layout is not None:
@@ -62,7 +63,7 @@ class _Plan:
                 struct.shape[: struct.ndim] = layout.shape
                 struct.strides[: struct.ndim] = layout.strides
             structs.append(struct)
-            pointers.append(None if layout is None else ctypes.byref(struct))
+            pointers.append(None if layout is None else ctypes.addressof(struct))
         return tuple(structs), tuple(pointers)
 
 
@@ -131,7 +132,7 @@ class _Operator:
         outputs = kinds[:given] if given else [result_kind] * len(self.outputs)
         # Fresh outputs need no check.
         addresses = [k.output_address if given else k.address for k in outputs if k is not None] + addresses
-        function = getattr(_lib.library(), self.spec.c_name)
+        function = _lib.operator_by_address(self.spec)
         plan = _Plan(function, layouts, addresses, [(result_kind.empty, shape, native) for shape, native in fresh])
         if len(self.plans) >= _MOST_PLANS:
             self.plans.clear()

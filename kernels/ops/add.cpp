@@ -17,9 +17,14 @@ void add(const AddArgs &args, int64_t row, int64_t begin, int64_t end) {
     with_type(args.dtype, [&]<class T>(T) {
         auto *out = (T *)row_at(args.out, row);
         const auto *a = (const T *)row_at(args.a, row), *b = (const T *)row_at(args.b, row);
-        for_pairs(begin, end, [&](int64_t i, int64_t n) LLAISYS_INLINE {
-            store_pair(out + i, load_pair(a + i, n) + load_pair(b + i, n), n);
-        });
+        const auto body = [&](int64_t i, int64_t n)
+                              LLAISYS_INLINE { store_pair(out + i, load_pair(a + i, n) + load_pair(b + i, n), n); };
+        // Up to a whole line of out first. Large arrays of the C library begin 16 bytes behind one, and if all stores
+        // go across lines, 512 rows of f32 take 9 % longer.
+        const int64_t lead = int64_t(-(uintptr_t)(out + begin) % 64 / sizeof(T)) % PAIR;
+        const int64_t first = begin + lead < end ? begin + lead : end;
+        if (begin < first) body(begin, first - begin);
+        for_pairs(first, end, body);
     });
 }
 
