@@ -274,12 +274,26 @@ static void check_linear(LlaisysTensor *out, const LlaisysTensor *x, const Llais
     check_output({"out", out}, {{"x", x}, {"weight", weight}, {"bias", bias}});
 }
 
-// Features of one part: all threads get some, and a part is no larger than the kernel's buffer. Multiples of 12, and so
-// of every tile's width.
-static int64_t linear_features(int64_t features) {
-    const int64_t parts = int64_t(num_threads()) * 4;
-    const int64_t wanted = (features + parts - 1) / parts;
-    return std::clamp<int64_t>((wanted + 11) / 12 * 12, 24, LINEAR_FEATURES);
+// How the work is shared out: parts of the features, each no larger than the kernel's buffer, in units of 12, of which
+// every tile's width is a divisor; and cuts of the rows. With parts of 24 features, one for each thread at any rate, and
+// no cuts, 512 rows of 896 times 128 features took 182 us in bf16 and 346 in f32, against 149 and 268; parts of equal
+// size won 5 to 10 % for all others.
+struct LinearShare {
+    int64_t units, parts, cuts;
+    static constexpr int64_t UNIT = 12;
+    int64_t feature(int64_t part) const { return part * units / parts * UNIT; }
+};
+static LinearShare share_linear(int64_t features, int64_t tiles) {
+    constexpr int64_t UNIT = LinearShare::UNIT, MOST = LINEAR_FEATURES / UNIT;
+    const int64_t threads = num_threads(), units = (features + UNIT - 1) / UNIT, rows = (tiles + 7) / 8;
+    LinearShare share{units, (units + MOST - 1) / MOST, 1};
+    if (rows == 1) // Few rows: all threads get some of the features, two units at least.
+        share.parts = std::max(share.parts, std::min(units / 2, threads * 4));
+    else if (share.parts < 4 * threads) // As wide as can be, so that a tile of x is read for many features.
+        share.cuts = std::min(threads, rows);
+    if (share.cuts == 1 && share.parts > threads)
+        share.parts = std::min((share.parts + threads - 1) / threads * threads, units);
+    return share;
 }
 
 } // namespace llaisys
@@ -309,14 +323,13 @@ int32_t llaisysLinear(LlaisysTensor *out, const LlaisysTensor *x, const LlaisysT
             args.panel = static_cast<char *>(scratch(SLOT_INPUT, size_t(plan.panel_bytes)));
             parallel_for(plan.tiles, grain_for(plan.tiles, 4),
                          [&](int64_t begin, int64_t end) { pack(args, begin, end); });
-            const int64_t part = linear_features(features), parts = (features + part - 1) / part;
-            // Where there are too few features for the threads, the rows are shared out as well.
-            const int64_t cuts = std::clamp<int64_t>(int64_t(num_threads()) * 2 / parts, 1, (plan.tiles + 7) / 8);
-            parallel_for(parts * cuts, 1, [&](int64_t item, int64_t) {
-                const int64_t begin = item / cuts * part, cut = item % cuts;
+            const LinearShare share = share_linear(features, plan.tiles);
+            const int64_t cuts = share.cuts;
+            parallel_for(share.parts * cuts, 1, [&](int64_t item, int64_t) {
+                const int64_t cut = item / share.parts, part = item % share.parts;
                 auto *work = static_cast<char *>(scratch(SLOT_WORK, size_t(plan.work_bytes)));
-                kernel(args, cut * plan.tiles / cuts, (cut + 1) * plan.tiles / cuts, begin,
-                       std::min(begin + part, features), work);
+                kernel(args, cut * plan.tiles / cuts, (cut + 1) * plan.tiles / cuts, share.feature(part),
+                       std::min(share.feature(part + 1), features), work);
             });
         }
     });
