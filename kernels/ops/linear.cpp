@@ -275,9 +275,9 @@ static void check_linear(LlaisysTensor *out, const LlaisysTensor *x, const Llais
 }
 
 // How the work is shared out: parts of the features, each no larger than the kernel's buffer, in units of 12, of which
-// every tile's width is a divisor; and cuts of the rows. With parts of 24 features, one for each thread at any rate, and
-// no cuts, 512 rows of 896 times 128 features took 182 us in bf16 and 346 in f32, against 149 and 268; parts of equal
-// size won 5 to 10 % for all others.
+// every tile's width is a divisor; and cuts of the rows. With parts of 24 features, one for each thread at any rate,
+// and no cuts, 512 rows of 896 times 128 features took 182 us in bf16 and 346 in f32, against 149 and 268; parts of
+// equal size won 5 to 10 % for all others.
 struct LinearShare {
     int64_t units, parts, cuts;
     static constexpr int64_t UNIT = 12;
