@@ -66,10 +66,12 @@ int32_t llaisysEmbedding(LlaisysTensor *out, const LlaisysTensor *index, const L
         const auto outside = [&](int64_t i) { return uint64_t(i) >= uint64_t(weight->shape[0]); };
         bool any = false; // without a jump out, several at a time
         for (int64_t t = 0; t < count; ++t) any |= outside(row(t));
-        for (int64_t t = 0; any; ++t)
-            if (outside(row(t)))
-                fail(LLAISYS_ERROR_INDEX, "index: expected 0 to %lld, found %lld at position %lld",
-                     (long long)weight->shape[0] - 1, (long long)row(t), (long long)t);
+        if (any) {
+            int64_t t = 0;
+            while (!outside(row(t))) ++t;
+            fail(LLAISYS_ERROR_INDEX, "index: expected 0 to %lld, found %lld at position %lld",
+                 (long long)weight->shape[0] - 1, (long long)row(t), (long long)t);
+        }
         if (args.row_bytes == 0) return;
         const int64_t least = std::max<int64_t>(1, 32768 / args.row_bytes);
         parallel_for(count, grain_for(count, least),
