@@ -77,10 +77,23 @@ def load_weights(checkpoint: Checkpoint, put: Put, threads: int, progress: Progr
                 if progress is not None:
                     progress(done, total)
     finally:
-        ended.set()
-        for thread in team:
-            if thread.ident is not None:
-                thread.join()
+        _end(ended, team)
+
+
+def _end(ended: threading.Event, team: list[threading.Thread]) -> None:
+    """Wait until all threads are done, also where Ctrl-C comes again meanwhile; that is raised afterwards."""
+    again: KeyboardInterrupt | None = None
+    while True:
+        try:
+            ended.set()
+            for thread in team:
+                if thread.ident is not None:
+                    thread.join()
+            break
+        except KeyboardInterrupt as interrupt:
+            again = interrupt
+    if again is not None:
+        raise again
 
 
 def _tasks(checkpoint: Checkpoint) -> Iterator[tuple[str, int, int]]:
