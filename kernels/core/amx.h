@@ -2,16 +2,11 @@
 // tests/amx_emulation has the same header for processors without tiles; meson's option `amx` chooses.
 #pragma once
 
+#include "core/tile_config.h"
+
 #include <stdint.h>
 
 namespace llaisys::LLAISYS_TIER {
-
-// The operand of ldtilecfg: rows and bytes a row of each tile.
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-};
 
 // Assembly throughout: gcc 12's intrinsics want the registers as literals, and its _tile_loadconfig is taken to read
 // fewer bytes than it does, so that stores to the others are dropped.

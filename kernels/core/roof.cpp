@@ -2,6 +2,10 @@
 // threads and the flags that the kernels have, so that a kernel's share of it says what is left to win.
 #include "core/tier.h"
 
+#if defined(__AMX_BF16__)
+#include "core/amx.h"
+#endif
+
 namespace llaisys {
 
 // Adds up `bytes` of memory, a multiple of READ_STEP, fetching `ahead` bytes before they are needed (0: not).
@@ -49,38 +53,29 @@ Work roof_f32(int64_t rounds) {
 
 #if defined(__AMX_BF16__)
 
-// The operand of ldtilecfg: all eight tiles whole. In assembly, because gcc 12 takes _tile_loadconfig to read fewer
-// bytes than it does, and drops stores to the others.
-struct alignas(64) WholeTiles {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
 ComputeFn roof_bf16;
 Work roof_bf16(int64_t rounds) {
-    const WholeTiles config;
-    __asm__ volatile("ldtilecfg %0" : : "m"(config));
+    tile_configure(whole_tiles());
     alignas(64) bf16 factors[16][32];
     for (auto &row : factors)
         for (bf16 &x : row) x.bits = 0x3a80; // 2^-10
-    _tile_loadd(4, factors, 64);
-    _tile_loadd(5, factors, 64);
-    _tile_loadd(6, factors, 64);
-    _tile_loadd(7, factors, 64);
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    tile_load<4>(factors, 64);
+    tile_load<5>(factors, 64);
+    tile_load<6>(factors, 64);
+    tile_load<7>(factors, 64);
+    tile_zero<0>();
+    tile_zero<1>();
+    tile_zero<2>();
+    tile_zero<3>();
     for (int64_t i = 0; i < rounds; ++i) {
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        tile_dot<0, 4, 6>();
+        tile_dot<1, 4, 7>();
+        tile_dot<2, 5, 6>();
+        tile_dot<3, 5, 7>();
     }
     alignas(64) float sums[16][16];
-    _tile_stored(3, sums, 64);
-    _tile_release();
+    tile_store<3>(sums, 64);
+    tile_release();
     return {rounds * 4 * 16 * 16 * 32 * 2, sums[0][0]};
 }
 

@@ -78,46 +78,41 @@ static inline void pair_product(float *out, int64_t out_row, const bf16 *a, int6
 }
 
 #if defined(__AMX_BF16__)
-// out[m, :] (+)= sum over chunks in [begin, end) of a[m, chunk] panel[chunk, :], for 16 rows. Tiles 0 to 3 hold the
-// sums, 4 the rows, 5 and 6 the panel in turns.
-template <int NV>
-static inline void chunk_tile(float *out, int64_t out_row, const bf16 *a, int64_t a_row, const float *panel,
-                              int64_t begin, int64_t end) {
-    const int64_t out_bytes = out_row * 4, a_bytes = a_row * 2, panel_bytes = PANEL * 4;
-    if (begin == 0) {
-        tile_zero<0>();
-        if constexpr (NV > 1) tile_zero<1>();
-        if constexpr (NV > 2) tile_zero<2>();
-        if constexpr (NV > 3) tile_zero<3>();
-    } else {
-        tile_load<0>(out, out_bytes);
-        if constexpr (NV > 1) tile_load<1>(out + 16, out_bytes);
-        if constexpr (NV > 2) tile_load<2>(out + 32, out_bytes);
-        if constexpr (NV > 3) tile_load<3>(out + 48, out_bytes);
-    }
-    for (int64_t c = begin; c < end; ++c) {
-        const float *b = panel + c * (CHUNK / 2) * PANEL;
-        tile_load<4>(a + c * CHUNK, a_bytes);
-        tile_load<5>(b, panel_bytes);
-        if constexpr (NV > 1) tile_load<6>(b + 16, panel_bytes);
-        tile_dot<0, 4, 5>();
-        if constexpr (NV > 2) tile_load<5>(b + 32, panel_bytes);
-        if constexpr (NV > 1) tile_dot<1, 4, 6>();
-        if constexpr (NV > 3) tile_load<6>(b + 48, panel_bytes);
-        if constexpr (NV > 2) tile_dot<2, 4, 5>();
-        if constexpr (NV > 3) tile_dot<3, 4, 6>();
-    }
-    tile_store<0>(out, out_bytes);
-    if constexpr (NV > 1) tile_store<1>(out + 16, out_bytes);
-    if constexpr (NV > 2) tile_store<2>(out + 32, out_bytes);
-    if constexpr (NV > 3) tile_store<3>(out + 48, out_bytes);
+// Calls `call` with 0 to NV - 1 as a constant.
+template <int NV, class Call>
+static inline void each_vector(Call call) {
+    call.template operator()<0>();
+    if constexpr (NV > 1) call.template operator()<1>();
+    if constexpr (NV > 2) call.template operator()<2>();
+    if constexpr (NV > 3) call.template operator()<3>();
 }
+
+// out[m, :] (+)= sum over chunks in [begin, end) of products of 16 rows and a panel of `vectors` vectors. Tiles 0 to 3
+// hold the sums. `rows(c)` loads what lies in chunk c of the rows, `add<N>(c)` adds the products with vector N.
+template <int NV = TILE_VECTORS, class Load, class Add>
+static inline void chunk_sums(float *out, int64_t out_row, int64_t vectors, int64_t begin, int64_t end, Load rows,
+                              Add add) {
+    if constexpr (NV > 1) {
+        if (vectors < NV) return chunk_sums<NV - 1>(out, out_row, vectors, begin, end, rows, add);
+    }
+    const int64_t out_bytes = out_row * 4;
+    each_vector<NV>([&]<int N>() { begin == 0 ? tile_zero<N>() : tile_load<N>(out + 16 * N, out_bytes); });
+    for (int64_t c = begin; c < end; ++c) {
+        rows(c);
+        each_vector<NV>([&]<int N>() { add.template operator()<N>(c); });
+    }
+    each_vector<NV>([&]<int N>() { tile_store<N>(out + 16 * N, out_bytes); });
+}
+// With a[m, chunk] and panel[chunk, :]: tile 4 holds the rows, 5 and 6 the panel in turns.
 static inline void chunk_product(float *out, int64_t out_row, const bf16 *a, int64_t a_row, const float *panel,
                                  int64_t vectors, int64_t begin, int64_t end) {
-    if (vectors == 4) return chunk_tile<4>(out, out_row, a, a_row, panel, begin, end);
-    if (vectors == 3) return chunk_tile<3>(out, out_row, a, a_row, panel, begin, end);
-    if (vectors == 2) return chunk_tile<2>(out, out_row, a, a_row, panel, begin, end);
-    chunk_tile<1>(out, out_row, a, a_row, panel, begin, end);
+    chunk_sums(
+        out, out_row, vectors, begin, end, [&](int64_t c) { tile_load<4>(a + c * CHUNK, a_row * 2); },
+        [&]<int N>(int64_t c) {
+            constexpr int B = 5 + N % 2;
+            tile_load<B>(panel + c * (CHUNK / 2) * PANEL + 16 * N, PANEL * 4);
+            tile_dot<N, 4, B>();
+        });
 }
 
 // The chunks that each row sees all of: `product` adds those in [begin, end) to the sums of all rows.
@@ -149,31 +144,24 @@ static inline void same_keys(int64_t n, Limit limit, Call call) {
     }
 }
 
-// What the kernels on weights rounded to 16 bits have in common.
 #if defined(__AMX_BF16__)
 struct TileMath {
-    static constexpr int64_t ROWS = 16;
-    static void begin() {
-        TileConfig config; // all of them whole
-        for (int tile = 0; tile < 8; ++tile) config.row_bytes[tile] = 64, config.rows[tile] = 16;
-        tile_configure(config);
-    }
+    static void begin() { tile_configure(whole_tiles()); }
     static void end() { tile_release(); }
-    static int64_t rows(int64_t left) { return left < ROWS ? left : ROWS; }
+    static int64_t rows(int64_t left) { return left < 16 ? left : 16; }
+};
 #else
-struct TileMath {
-    static constexpr int64_t ROWS = 1;
-    static void begin() {}
-    static void end() {}
-    static int64_t rows(int64_t left) { return tile_rows(left); }
+using TileMath = VectorMath;
 #endif
+// What the kernels have in common that read the values from panels only.
+struct PanelMath : TileMath {
     static bool direct(int64_t, int64_t) { return false; }
     template <class Limit>
     static void weigh_direct(float *, int64_t, const bf16 *, int64_t, int64_t, const char *, int64_t, int64_t, Limit) {}
 };
 
 template <>
-struct AttentionMath<bf16> : TileMath {
+struct AttentionMath<bf16> : PanelMath {
     using Factor = bf16;
     static constexpr int64_t PARTS = 1;
     static int64_t depth(int64_t d) { return (d + CHUNK - 1) / CHUNK * CHUNK; }

@@ -81,49 +81,28 @@ static inline void mend_row(float *out, const bf16 *a, const float *panel, int64
     }
 }
 
-// out[m, :] (+)= sum over chunks in [begin, end) of a[m, chunk] panel[chunk, :], for 16 rows. Tiles 0 to 3 hold the
-// sums, 4 and 5 the parts of the rows, 6 and 7 those of the panel.
-template <int NV>
-static inline void parts_tile(float *out, int64_t out_row, const bf16 *a, int64_t a_row, const float *panel,
-                              int64_t begin, int64_t end) {
-    const int64_t out_bytes = out_row * 4, a_bytes = a_row * 2, panel_bytes = 2 * PANEL * 4;
-    const auto columns = [&](auto call) {
-        call.template operator()<0>();
-        if constexpr (NV > 1) call.template operator()<1>();
-        if constexpr (NV > 2) call.template operator()<2>();
-        if constexpr (NV > 3) call.template operator()<3>();
-    };
-    columns([&]<int N>() {
-        if (begin == 0)
-            tile_zero<N>();
-        else
-            tile_load<N>(out + 16 * N, out_bytes);
-    });
-    for (int64_t c = begin; c < end; ++c) {
-        const float *b = panel + c * CHUNK * PANEL;
-        tile_load<4>(a + c * 2 * CHUNK, a_bytes);
-        tile_load<5>(a + c * 2 * CHUNK + CHUNK, a_bytes);
-        columns([&]<int N>() {
-            tile_load<6>(b + 16 * N, panel_bytes);
+// chunk_product in parts: tiles 4 and 5 hold those of the rows, 6 and 7 those of the panel.
+static inline void parts_product(float *out, int64_t out_row, const bf16 *a, int64_t a_row, const float *panel,
+                                 int64_t vectors, int64_t begin, int64_t end) {
+    chunk_sums(
+        out, out_row, vectors, begin, end,
+        [&](int64_t c) {
+            tile_load<4>(a + c * 2 * CHUNK, a_row * 2);
+            tile_load<5>(a + c * 2 * CHUNK + CHUNK, a_row * 2);
+        },
+        [&]<int N>(int64_t c) {
+            const float *b = panel + c * CHUNK * PANEL + 16 * N;
+            tile_load<6>(b, 2 * PANEL * 4);
             tile_dot<N, 4, 6>();
             tile_dot<N, 5, 6>();
-            tile_load<7>(b + PANEL + 16 * N, panel_bytes);
+            tile_load<7>(b + PANEL, 2 * PANEL * 4);
             tile_dot<N, 4, 7>();
             tile_dot<N, 5, 7>();
         });
-    }
-    columns([&]<int N>() { tile_store<N>(out + 16 * N, out_bytes); });
-}
-static inline void parts_product(float *out, int64_t out_row, const bf16 *a, int64_t a_row, const float *panel,
-                                 int64_t vectors, int64_t begin, int64_t end) {
-    if (vectors == 4) return parts_tile<4>(out, out_row, a, a_row, panel, begin, end);
-    if (vectors == 3) return parts_tile<3>(out, out_row, a, a_row, panel, begin, end);
-    if (vectors == 2) return parts_tile<2>(out, out_row, a, a_row, panel, begin, end);
-    parts_tile<1>(out, out_row, a, a_row, panel, begin, end);
 }
 
 template <>
-struct AttentionMath<f16> : TileMath {
+struct AttentionMath<f16> : PanelMath {
     using Factor = bf16;
     static constexpr int64_t PARTS = 2;
     static int64_t depth(int64_t d) { return PARTS * ((d + CHUNK - 1) / CHUNK * CHUNK); }

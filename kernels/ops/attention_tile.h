@@ -115,15 +115,19 @@ static void widen_values(float *panel, const char *values, int64_t value_bytes, 
     }
 }
 
-// How elements of T are multiplied: widened to f32. What self_attention.cpp asks of the arithmetic of a dtype.
-template <class T>
-struct AttentionMath {
-    using Factor = float;                         // element of a row of queries or weights
-    static constexpr int64_t ROWS = 1;            // rows of both are filled up to a multiple of it
-    static constexpr int64_t PARTS = 1;           // elements that hold a weight
-    static int64_t depth(int64_t d) { return d; } // elements of a row of queries
+// How products in vector registers begin and end, and the rows that the next tile takes.
+struct VectorMath {
     static void begin() {}
     static void end() {}
+    static int64_t rows(int64_t left) { return tile_rows(left); }
+};
+
+// How elements of T are multiplied: widened to f32. What self_attention.cpp asks of the arithmetic of a dtype.
+template <class T>
+struct AttentionMath : VectorMath {
+    using Factor = float;                         // element of a row of queries or weights
+    static constexpr int64_t PARTS = 1;           // elements that hold a weight
+    static int64_t depth(int64_t d) { return d; } // elements of a row of queries
 
     static void query(float *to, const T *q, int64_t d) {
         int64_t c = 0;
@@ -132,8 +136,6 @@ struct AttentionMath {
     }
     static void weight(float *row, int64_t at, Vec e) { store(row + at, e); }
 
-    // Rows that the next tile takes.
-    static int64_t rows(int64_t left) { return tile_rows(left); }
     static void keys(float *panel, const char *k, int64_t k_bytes, int64_t count, int64_t d) {
         transpose_keys<T>(panel, k, k_bytes, count, d);
     }

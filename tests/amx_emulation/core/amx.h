@@ -3,6 +3,8 @@
 // become zero, products of even and of odd columns are added up apart, each with one rounding.
 #pragma once
 
+#include "core/tile_config.h"
+
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -10,12 +12,6 @@
 #include <string.h>
 
 namespace llaisys::LLAISYS_TIER {
-
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-};
 
 struct EmulatedTiles {
     TileConfig config;
