@@ -27,6 +27,7 @@ struct LinearArgs {
 struct LinearPlan {
     int64_t panel_bytes, work_bytes;
     int64_t tiles; // of rows
+    int64_t unit;  // features that parts of the work are multiples of: whole tiles
 };
 using LinearPlanFn = LinearPlan(const LinearArgs &);
 // Packs the tiles [begin, end) of x.
@@ -38,6 +39,9 @@ namespace LLAISYS_TIER {
 
 // Up to this many tiles of rows are multiplied by the weights where they lie, see few_rows.
 constexpr int64_t FEW_TILES = 6;
+
+// A multiple of TILE_FEATURES in every tier, so that all share the work out alike.
+constexpr int64_t VECTOR_UNIT = 12;
 
 // Of x: tiles of nearly the same number of rows. Tile t starts at row t * rows / tiles.
 static inline int64_t tiles_of(const LinearArgs &args) { return (args.rows + TILE_ROWS - 1) / TILE_ROWS; }
@@ -188,12 +192,13 @@ LinearPlan linear_plan(const LinearArgs &args) {
 #if defined(__AMX_BF16__)
         if constexpr (ON_TILES<T>) {
             plan = {tile_panel_bytes<T>(args.rows, args.x.length), sums + tile_work_bytes<T>(args.rows),
-                    tile_blocks(args.rows)};
+                    tile_blocks(args.rows), GROUP<T>};
             return;
         }
 #endif
         plan.panel_bytes = args.rows * panel_bytes<T>(args.x.length);
         plan.tiles = tiles_of(args);
+        plan.unit = VECTOR_UNIT;
         plan.work_bytes = sums + (plan.tiles <= FEW_TILES ? 0 : LINEAR_FEATURES * BLOCK_BYTES);
     });
     return plan;
@@ -274,19 +279,18 @@ static void check_linear(LlaisysTensor *out, const LlaisysTensor *x, const Llais
     check_output({"out", out}, {{"x", x}, {"weight", weight}, {"bias", bias}});
 }
 
-// How the work is shared out: parts of the features, each no larger than the kernel's buffer, in units of 12, of which
-// every tile's width is a divisor; and cuts of the rows. With parts of 24 features, one for each thread at any rate,
+// How the work is shared out: parts of the features in the plan's units, each no larger than the kernel's buffer; and
+// cuts of the rows. With parts of 24 features, one for each thread at any rate,
 // and no cuts, 512 rows of 896 times 128 features took 182 us in bf16 and 346 in f32, against 149 and 268; parts of
 // equal size won 5 to 10 % for all others.
 struct LinearShare {
-    int64_t units, parts, cuts;
-    static constexpr int64_t UNIT = 12;
-    int64_t feature(int64_t part) const { return part * units / parts * UNIT; }
+    int64_t unit, units, parts, cuts;
+    int64_t feature(int64_t part) const { return part * units / parts * unit; }
 };
-static LinearShare share_linear(int64_t features, int64_t tiles) {
-    constexpr int64_t UNIT = LinearShare::UNIT, MOST = LINEAR_FEATURES / UNIT;
-    const int64_t threads = num_threads(), units = (features + UNIT - 1) / UNIT, rows = (tiles + 7) / 8;
-    LinearShare share{units, (units + MOST - 1) / MOST, 1};
+static LinearShare share_linear(int64_t features, const LinearPlan &plan) {
+    const int64_t most = LINEAR_FEATURES / plan.unit, units = (features + plan.unit - 1) / plan.unit;
+    const int64_t threads = num_threads(), rows = (plan.tiles + 7) / 8;
+    LinearShare share{plan.unit, units, (units + most - 1) / most, 1};
     if (rows == 1) // Few rows: all threads get some of the features, two units at least.
         share.parts = std::max(share.parts, std::min(units / 2, threads * 4));
     else if (share.parts < 4 * threads) // As wide as can be, so that a tile of x is read for many features.
@@ -323,7 +327,7 @@ int32_t llaisysLinear(LlaisysTensor *out, const LlaisysTensor *x, const LlaisysT
             args.panel = static_cast<char *>(scratch(SLOT_INPUT, size_t(plan.panel_bytes)));
             parallel_for(plan.tiles, grain_for(plan.tiles, 4),
                          [&](int64_t begin, int64_t end) { pack(args, begin, end); });
-            const LinearShare share = share_linear(features, plan.tiles);
+            const LinearShare share = share_linear(features, plan);
             const int64_t cuts = share.cuts;
             parallel_for(share.parts * cuts, 1, [&](int64_t item, int64_t) {
                 const int64_t cut = item / share.parts, part = item % share.parts;

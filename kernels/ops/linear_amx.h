@@ -207,10 +207,11 @@ static inline void tile_product(const TilePart &p) {
     }
     // Whole tiles of bf16 are read where they lie. Others are copied; the copy is made a step before it is needed, as
     // a tile is not loaded from stores that are still on their way.
-    const bool in_place = Parts<T>::COUNT == 1 && p.count >= (WIDE ? 2 : 1) * TILE;
+    const bool whole_rows = !p.copied && Parts<T>::COUNT == 1 && p.count >= (WIDE ? 2 : 1) * TILE;
+    const auto in_place = [&](int64_t c) { return whole_rows && p.weight.length - c >= TILE_COLUMNS; };
     WeightTiles copies[2];
     const auto copy = [&](int64_t c) {
-        if (p.copied || c >= p.end || (in_place && p.weight.length - c >= TILE_COLUMNS)) return;
+        if (p.copied || c >= p.end || in_place(c)) return;
         copy_weights<T>(copies[c / TILE_COLUMNS % 2], p.weight, p.n, p.count, c);
     };
     copy(p.begin);
@@ -219,7 +220,7 @@ static inline void tile_product(const TilePart &p) {
         const WeightTiles &own = p.copied ? p.copied[(c - p.begin) / TILE_COLUMNS] : copies[c / TILE_COLUMNS % 2];
         const char *a = (const char *)own.tile[0], *b = (const char *)own.tile[1];
         int64_t step = TILE_COLUMNS * int64_t(sizeof(bf16));
-        if (!p.copied && in_place && p.weight.length - c >= TILE_COLUMNS) {
+        if (in_place(c)) {
             step = p.weight.step[0];
             a = row_at(p.weight, p.n) + c * int64_t(sizeof(bf16));
             b = a + TILE * step;
