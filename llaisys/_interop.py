@@ -65,12 +65,9 @@ def capsule_view(array: np.ndarray[Any, Any]) -> Any:
     return view
 
 
-_at = _ArrayObject.from_address
-
-
 def object_view(array: np.ndarray[Any, Any]) -> Any:
     """`data` and `flags` of an array as its object has them."""
-    return _at(id(array))
+    return _ArrayObject.from_address(id(array))
 
 
 def views_agree() -> bool:
@@ -84,27 +81,21 @@ def views_agree() -> bool:
     return all(seen(capsule_view(probe)) == seen(object_view(probe)) for probe in (part, fixed))
 
 
-if views_agree():
+#: object_view or capsule_view, in two steps: a function of Python's more would cost as much as all the rest.
+_view: Any
+_key: Any
+_view, _key = (_ArrayObject.from_address, id) if views_agree() else (capsule_view, lambda array: array)
 
-    def address_of(array: np.ndarray[Any, Any]) -> int:
-        """Address of the first element of an array."""
-        return _at(id(array)).data
 
-    def writable_address_of(array: np.ndarray[Any, Any]) -> int | None:
-        """Address of the first element of an array, None if it is read-only."""
-        view = _at(id(array))
-        return view.data if view.flags & _WRITEABLE else None
+def address_of(array: np.ndarray[Any, Any]) -> int:
+    """Address of the first element of an array."""
+    return _view(_key(array)).data
 
-else:
 
-    def address_of(array: np.ndarray[Any, Any]) -> int:
-        """Address of the first element of an array."""
-        return capsule_view(array).data
-
-    def writable_address_of(array: np.ndarray[Any, Any]) -> int | None:
-        """Address of the first element of an array, None if it is read-only."""
-        view = capsule_view(array)
-        return view.data if view.flags & _WRITEABLE else None
+def writable_address_of(array: np.ndarray[Any, Any]) -> int | None:
+    """Address of the first element of an array, None if it is read-only."""
+    view = _view(_key(array))
+    return view.data if view.flags & _WRITEABLE else None
 
 
 def checked_address(call: str, name: str, value: int | ctypes.c_void_p | None) -> int:

@@ -209,10 +209,9 @@ def _load() -> tuple[ctypes.CDLL, LibraryInfo]:
 
 def operator_by_address(spec: Spec) -> Any:
     """The C entry of an operator, its tensors given as addresses of structs: half as long a call as with pointers."""
-    function = library()[spec.c_name]
-    function.restype = c_int32
-    scalars: list[Any] = [_SCALARS[scalar.dtype] for scalar in spec.scalars]
-    function.argtypes = [c_void_p] * len(spec.args) + scalars
+    declared, function = getattr(library(), spec.c_name), library()[spec.c_name]
+    function.restype = declared.restype
+    function.argtypes = (*(c_void_p for _ in spec.args), *declared.argtypes[len(spec.args) :])
     return function
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..config import Qwen2Config
+from ..errors import InternalError
 from ..models.nodes import graph
 
 #: Sites whose outputs are the keys and the values that attention sees, within a layer.
@@ -128,4 +129,4 @@ def _wiring(config: Qwen2Config, site: str, op: str, index: int, layers: int) ->
     if op == "swiglu":
         edges = {"gate": Source(within + "mlp.gate_proj"), "up": Source(within + "mlp.up_proj")}
         return Wiring(site, op, index, own, edges, {}, {}, {}, dict.fromkeys(("gate", "up", "out"), (inner,)))
-    raise NotImplementedError(f"{site}: the differ does not know what feeds {op}")
+    raise InternalError(f"{site}: the differ does not know what feeds {op}")

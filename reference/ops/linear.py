@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bounds import MAX32, TINY32, U32, Array, L, Oracle, walk
+from ..bounds import MAX32, TINY32, U32, Array, L, Oracle, finfo, walk
 from ..numerics import cast, f32, f64, quiet
 from ..spec import FLOATS, Arg, Dims, ErrorCase, Probe, Screen, Spec, qwen2_bench
 
@@ -145,7 +145,10 @@ def whole_range(values: dict[str, Any]) -> dict[str, Any]:
     lost. In bf16 without subnormals, which products of pairs may take for zero."""
     rng = np.random.default_rng(7)
     dtype = values["x"].dtype
-    least, most = {FLOATS["f32"]: (-149, 126), FLOATS["f16"]: (-24, 14), FLOATS["bf16"]: (-126, 126)}[dtype]
+    info = finfo(dtype)
+    least, most = int(info.minexp), int(info.maxexp) - 2
+    if dtype != FLOATS["bf16"]:
+        least -= int(info.nmant)
     exponents = rng.integers(least, most, values["x"].shape[-1], endpoint=True).astype(np.float64)
     size, inverse = np.exp2(exponents), np.exp2(np.minimum(-exponents, most))
 
