@@ -37,8 +37,15 @@ using LinearFn = void(const LinearArgs &, int64_t first, int64_t last, int64_t b
 
 namespace LLAISYS_TIER {
 
-// Up to this many tiles of rows are multiplied by the weights where they lie, see few_rows.
-constexpr int64_t FEW_TILES = 6;
+// Whether elements are multiplied as they are read, and 16 at a time. Widening first is so slow that x may as well come
+// from the second-level cache.
+template <class T>
+constexpr bool FAST = Vec::N == 16 && (sizeof(T) == sizeof(float) || Product<T>::REGS == 1);
+// Up to this many tiles of rows are multiplied by the weights where they lie, see few_rows. For 8960 features of 1536
+// columns, few_rows and many_rows took, in ms: 16 rows of bf16 0.71, 0.84, and 24 rows 1.15, 1.01; 24 rows of f16 1.84,
+// 1.93; in AVX2 12 rows of bf16 1.78, 2.12, and 16 rows 2.34, 2.04.
+template <class T>
+constexpr int64_t FEW_TILES = Vec::N == 16 && !FAST<T> ? 6 : 3;
 
 // A multiple of TILE_FEATURES in every tier, so that all share the work out alike.
 constexpr int64_t VECTOR_UNIT = 12;
@@ -125,11 +132,83 @@ static inline void few_features(const LinearArgs &args, float *sums, int64_t fir
     }
 }
 
+// Of few rows, so much of x is read again for every N features: it stays in the first-level cache beside the weights.
+// 16 rows of 1536 columns in bf16 are as large as that cache and came from the second-level one: 0.84 ms for 8960
+// features, 0.71 in parts, of which reading the weights is 0.55. 9 rows lose in parts, 0.76 ms against 0.68, and so do
+// f16 (18 rows 1.50 against 1.42) and AVX2 (12 rows of f32 2.15 against 1.94, of 8960 columns).
+constexpr int64_t FEW_BYTES = 40 << 10;
+// Else x is cut into parts of the blocks, of about PART_BYTES for all rows, and the sums of PART_FEATURES features are
+// kept lane by lane from one part to the next.
+constexpr int64_t PART_FEATURES = 16, PART_BYTES = 12 << 10;
+
+// Calls `call` with the rows of each of the tiles [first, last) as a constant, and with the tile and its first row.
+template <class Call>
+static inline void for_tiles(const LinearArgs &args, int64_t first, int64_t last, Call call) {
+    for (int64_t tile = first; tile < last; ++tile) {
+        const int64_t row = tile_row(args, tile);
+        with_rows(tile_row(args, tile + 1) - row, [&]<int M>() { call.template operator()<M>(tile, row); });
+    }
+}
+
+// The features [begin, end), PART_FEATURES at most and a multiple of N, part after part. Beside the first tiles the
+// weights of the next but one N features are asked for: of this part, of the next one, or behind the last.
+template <class T, int N>
+static void few_parts(const LinearArgs &args, float *sums, float *lanes, int64_t first, int64_t last, int64_t begin,
+                      int64_t end) {
+    const int64_t columns = args.x.length, block = block_columns<T>(columns), top = tile_row(args, first);
+    const int64_t fit = PART_BYTES / (panel_bytes<T>(1) * (tile_row(args, last) - top));
+    const int64_t part = (fit < 4 ? 4 : fit) * Product<T>::COLUMNS;
+    const auto lanes_of = [&](int64_t row, int64_t n, int64_t rows) {
+        return lanes + ((row - top) * PART_FEATURES + (n - begin) * rows) * Vec::N;
+    };
+    for (int64_t c = 0; c < columns; c += block) {
+        const int64_t width = columns - c < block ? columns - c : block, bytes = panel_bytes<T>(width);
+        for (int64_t at = 0; at < width; at += part) {
+            const int64_t wide = width - at < part ? width - at : part;
+            for (int64_t n = begin; n < end; n += N) {
+                int64_t coming = n + 2 * N, column = c + at;
+                if (coming >= end) {
+                    column = column + wide < columns ? column + wide : 0;
+                    if (column > 0) coming -= end - begin;
+                }
+                const T *w[N], *next[N];
+                for (int i = 0; i < N; ++i) {
+                    const bool there = coming + i >= begin && coming + i < args.weight.count;
+                    w[i] = weights<T>(args, n + i) + c + at;
+                    next[i] = weights<T>(args, there ? coming + i : n) + column;
+                }
+                for_tiles(args, first, last, [&]<int M>(int64_t tile, int64_t row) {
+                    const int64_t pair = 2 * (tile - first);
+                    part_tile<T, M, N>(lanes_of(row, n, M), block_of<T>(args, c) + row * bytes + panel_bytes<T>(at) * M,
+                                       w, wide, at == 0, pair < N ? next + pair : nullptr);
+                });
+            }
+        }
+        for_tiles(args, first, last, [&]<int M>(int64_t, int64_t row) {
+            for (int64_t n = begin; n < end; n += N) {
+                Vec sum[M * N];
+                for (int m = 0; m < M; ++m)
+                    for (int i = 0; i < N; ++i) sum[m * N + i] = load(lanes_of(row, n, M) + (m * N + i) * Vec::N);
+                add_sums<M, N>(sums + (row - top) * LINEAR_FEATURES + (n - begin), LINEAR_FEATURES, sum, c == 0);
+            }
+        });
+    }
+}
+
+// `lanes` is for REG * PART_FEATURES bytes of each row.
 template <class T>
-static void few_rows(const LinearArgs &args, float *sums, int64_t first, int64_t last, int64_t begin, int64_t end) {
+static void few_rows(const LinearArgs &args, float *sums, float *lanes, int64_t first, int64_t last, int64_t begin,
+                     int64_t end) {
     // As many as there are registers for.
     constexpr int N = Vec::N == 16 ? 4 : 2;
+    const int64_t rows = tile_row(args, last) - tile_row(args, first);
     int64_t n = begin;
+    if (FAST<T> && rows * panel_bytes<T>(block_columns<T>(args.x.length)) > FEW_BYTES)
+        while (n + N <= end) {
+            const int64_t stop = end - n < PART_FEATURES ? n + (end - n) / N * N : n + PART_FEATURES;
+            few_parts<T, N>(args, sums + (n - begin), lanes, first, last, n, stop);
+            n = stop;
+        }
     for (; n + N <= end; n += N) few_features<T, N>(args, sums + (n - begin), first, last, n, end);
     for (; n < end; ++n) few_features<T, 1>(args, sums + (n - begin), first, last, n, end);
 }
@@ -147,7 +226,8 @@ static void pack_weights(const LinearArgs &args, char *to, int64_t n, int64_t en
 }
 
 // Many rows: a tile of x stays in the first-level cache while all weights of the block pass. Beside the first products
-// those of the next block are fetched, row after row.
+// of a tile the next one is fetched; beside the last of all, row after row, what is packed next: the next block, or the
+// first one of the features that follow.
 template <class T>
 static void many_rows(const LinearArgs &args, float *sums, char *packed, int64_t first, int64_t last, int64_t begin,
                       int64_t end) {
@@ -156,14 +236,21 @@ static void many_rows(const LinearArgs &args, float *sums, char *packed, int64_t
         const int64_t width = columns - c < block ? columns - c : block, bytes = panel_bytes<T>(width);
         for (int64_t n = begin; n < end; n += TILE_FEATURES)
             pack_weights<T>(args, packed + (n - begin) * bytes, n, end, c, width);
-        int64_t fetched = c + block < columns ? begin : end;
+        // The rows [coming, until) are fetched from column `from` on, one beside each of the last products.
+        const bool more = c + block < columns;
+        const int64_t from = more ? c + block : 0, there = more ? end : args.weight.count;
+        int64_t coming = more ? begin : end;
+        const int64_t until = there - coming < end - begin ? there : coming + (end - begin);
+        int64_t others = (last - first) * ((end - begin + TILE_FEATURES - 1) / TILE_FEATURES) - (until - coming);
         for (int64_t tile = first; tile < last; ++tile) {
             const int64_t row = tile_row(args, tile), rows = tile_row(args, tile + 1) - row;
             const char *x = block_of<T>(args, c) + row * bytes;
             float *out = sums + (row - tile_row(args, first)) * LINEAR_FEATURES;
             with_rows(rows, [&]<int M>() {
                 for (int64_t n = begin; n < end; n += TILE_FEATURES) {
-                    const void *ahead = fetched < end ? weights<T>(args, fetched++) + c + block : (const void *)x;
+                    const int64_t turn = (n - begin) / TILE_FEATURES;
+                    const void *ahead = x + (turn < M ? M + turn : 0) * bytes;
+                    if (--others < 0 && coming < until) ahead = weights<T>(args, coming++) + from;
                     panel_tile<T, M>(out + (n - begin), LINEAR_FEATURES, x, packed + (n - begin) * bytes, bytes, c == 0,
                                      (const char *)ahead);
                 }
@@ -199,7 +286,8 @@ LinearPlan linear_plan(const LinearArgs &args) {
         plan.panel_bytes = args.rows * panel_bytes<T>(args.x.length);
         plan.tiles = tiles_of(args);
         plan.unit = VECTOR_UNIT;
-        plan.work_bytes = sums + (plan.tiles <= FEW_TILES ? 0 : LINEAR_FEATURES * BLOCK_BYTES);
+        plan.work_bytes =
+            sums + (plan.tiles <= FEW_TILES<T> ? args.rows * PART_FEATURES * REG : LINEAR_FEATURES * BLOCK_BYTES);
     });
     return plan;
 }
@@ -233,8 +321,8 @@ void linear(const LinearArgs &args, int64_t first, int64_t last, int64_t begin, 
                 return tile_sums<T>(sums, LINEAR_FEATURES, args.weight, (const bf16 *)args.panel, args.rows, first,
                                     last, begin, end, packed);
 #endif
-            if (last - first <= FEW_TILES)
-                few_rows<T>(args, sums, first, last, begin, end);
+            if (last - first <= FEW_TILES<T>)
+                few_rows<T>(args, sums, (float *)packed, first, last, begin, end);
             else
                 many_rows<T>(args, sums, packed, first, last, begin, end);
         };

@@ -173,4 +173,43 @@ static inline void memory_tile(float *out, int64_t out_row, const char *x, const
     add_sums<M, N>(out, out_row, sum, first);
 }
 
+// A part of a block, lane by lane: sums[m, n] (+)= x[m, :] * w[n, :] over `columns` of N rows of the weights as they
+// lie in memory. On the way as much is asked for from each of the two `ahead`, if they are given.
+template <class T, int M, int N>
+static inline void part_tile(float *sums, const char *x, const T *const (&w)[N], int64_t columns, bool first,
+                             const T *const *ahead) {
+    using P = Product<T>;
+    Vec sum[M * N];
+    for (int m = 0; m < M; ++m)
+        for (int n = 0; n < N; ++n) sum[m * N + n] = first ? zero() : load(sums + (m * N + n) * Vec::N);
+    typename P::Reg wv[P::REGS][N], r[P::REGS];
+    const auto step = [&] {
+        for (int i = 0; i < P::REGS; ++i, x += M * REG) multiply<T, M, N>(sum, x, wv[i]);
+    };
+    const auto keep = [&](int n) {
+        for (int i = 0; i < P::REGS; ++i) wv[i][n] = r[i];
+    };
+    int64_t c = 0;
+    for (; c + P::COLUMNS <= columns; c += P::COLUMNS) {
+        for (int n = 0; n < N; ++n) {
+            P::unit(r, w[n] + c);
+            keep(n);
+        }
+        for (int64_t line = c; ahead && line < c + P::COLUMNS; line += 64 / int64_t(sizeof(T))) {
+            __builtin_prefetch(ahead[0] + line);
+            __builtin_prefetch(ahead[1] + line);
+        }
+        step();
+    }
+    if (c < columns) {
+        for (int n = 0; n < N; ++n) {
+            P::unit(r, w[n] + c, columns - c);
+            keep(n);
+        }
+        step();
+    }
+    for (int m = 0; m < M; ++m)
+        for (int n = 0; n < N; ++n) store(sums + (m * N + n) * Vec::N, sum[m * N + n]);
+}
+
 } // namespace llaisys::LLAISYS_TIER
