@@ -76,6 +76,9 @@ struct Job {
     }
 };
 
+// The first part that member `i` of a team takes.
+int64_t share_start(int64_t parts, int64_t i, int64_t members) { return parts * i / members; }
+
 inline void pause() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
@@ -124,8 +127,8 @@ public:
         spin_.store(spin, std::memory_order_relaxed);
         pending_.store(int(helpers), std::memory_order_relaxed);
         for (size_t i = 0; i < members_; ++i) {
-            share(i).next.store(parts * int64_t(i) / members, std::memory_order_relaxed);
-            share(i).end = parts * int64_t(i + 1) / members;
+            share(i).next.store(share_start(parts, int64_t(i), members), std::memory_order_relaxed);
+            share(i).end = share_start(parts, int64_t(i + 1), members);
         }
         for (size_t i = 0; i < helpers; ++i) {
             workers_[i]->ticket.fetch_add(1, std::memory_order_release);
@@ -320,6 +323,13 @@ void parallel_run(int64_t count, int64_t grain, void (*body)(void *, int64_t, in
     for (int64_t part = 0; !done && part < parts && !job.stopped(); ++part) job.run(part, true);
     if (job.out_of_memory) throw std::bad_alloc();
     if (job.stop) fail(LLAISYS_ERROR_INTERRUPTED, "interrupted");
+}
+
+bool starts_share(int64_t part, int64_t parts) {
+    const int64_t members = std::min<int64_t>(num_threads(), parts);
+    for (int64_t i = 0; i <= members; ++i)
+        if (share_start(parts, i, members) == part) return true;
+    return false;
 }
 
 int64_t grain_for(int64_t count, int64_t least) {

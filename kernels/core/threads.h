@@ -25,6 +25,10 @@ void parallel_for(int64_t count, int64_t grain, Body &&body) {
         const_cast<std::remove_const_t<B> *>(&body));
 }
 
+// Whether the first of `parts` parts that a thread takes, as long as none is late, is `part`; so it is said of the one
+// behind the last.
+bool starts_share(int64_t part, int64_t parts);
+
 // Items per part so that each thread gets a few parts and none is smaller than `least`.
 int64_t grain_for(int64_t count, int64_t least);
 

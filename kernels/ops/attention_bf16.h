@@ -36,6 +36,12 @@ static inline __m512i splat(int32_t pair) {
 #endif
     return x;
 }
+// Which elements of two vectors of 32, the second's from 32 on, become pairs: the first 16 and the last 16.
+static inline void interleaved(__m512i &low, __m512i &high) {
+    const __m512i pair = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    low = _mm512_or_si512(pair, _mm512_slli_epi32(_mm512_add_epi32(pair, _mm512_set1_epi32(32)), 16));
+    high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+}
 static inline Vec dot(Vec sum, __m512i a, __m512i b) { return {_mm512_dpbf16_ps(sum.v, __m512bh(a), __m512bh(b))}; }
 
 // out[m, :] (+)= sum over pairs in [begin, end) of a[m, pair] panel[pair, :], and, if `half`, the lower elements of the
@@ -174,21 +180,27 @@ struct AttentionMath<bf16> : PanelMath {
         _mm256_storeu_si256((__m256i *)(row + at), __m256i(_mm512_cvtneps_pbh(e.v)));
     }
 
-    static void keys(float *panel, const char *k, int64_t k_bytes, int64_t count, int64_t d) {
-        transpose_keys<bf16, true>(panel, k, k_bytes, count, d);
+    static void keys(float *panel, const char *k, int64_t k_bytes, int64_t count, int64_t d, Ahead::Share share) {
+        transpose_keys<bf16, true>(panel, k, k_bytes, count, d, share);
     }
     // panel[j / 2, c] = value[j, c] and value[j + 1, c], for columns [begin, end) of the head; zeros where there are
     // none.
-    static void values(float *panel, const char *v, int64_t v_bytes, int64_t count, int64_t begin, int64_t end) {
-        for (int64_t j = 0; j < count; j += 2) {
-            const auto *lower = (const bf16 *)(v + j * v_bytes), *upper = (const bf16 *)(v + (j + 1) * v_bytes);
-            for (int64_t c = begin; c < end; c += Vec::N) {
-                const __mmask16 mask = first(end - c < Vec::N ? end - c : Vec::N);
-                const __m256i a = _mm256_maskz_loadu_epi16(mask, lower + c);
-                const __m256i b = j + 1 < count ? _mm256_maskz_loadu_epi16(mask, upper + c) : _mm256_setzero_si256();
-                const __m512i pairs =
-                    _mm512_or_si512(_mm512_cvtepu16_epi32(a), _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
-                _mm512_storeu_si512(panel + j / 2 * PANEL + c - begin, pairs);
+    static void values(float *panel, const char *v, int64_t v_bytes, int64_t count, int64_t begin, int64_t end,
+                       Ahead::Share share) {
+        const int64_t lines = share.each((end - begin + CHUNK - 1) / CHUNK * ((count + 1) / 2));
+        __m512i lower_half, upper_half; // of 32 pairs: elements of a, and from 32 on of b
+        interleaved(lower_half, upper_half);
+        for (int64_t c = begin; c < end; c += CHUNK) {
+            const __mmask32 mask = end - c < CHUNK ? (1u << (end - c)) - 1 : ~0u;
+            for (int64_t j = 0; j < count; j += 2) {
+                share.ahead.ask(lines);
+                const auto *at = (const bf16 *)(v + j * v_bytes) + c;
+                const __m512i a = _mm512_maskz_loadu_epi16(mask, at);
+                const __m512i b =
+                    _mm512_maskz_loadu_epi16(j + 1 < count ? mask : 0, (const bf16 *)((const char *)at + v_bytes));
+                float *to = panel + j / 2 * PANEL + c - begin;
+                _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, lower_half, b));
+                _mm512_storeu_si512(to + Vec::N, _mm512_permutex2var_epi16(a, upper_half, b));
             }
         }
     }

@@ -113,8 +113,8 @@ struct AttentionMath<f16> : PanelMath {
     }
     static void weight(bf16 *row, int64_t at, Vec e) { store_parts(row, at, e); }
 
-    static void keys(float *panel, const char *k, int64_t k_bytes, int64_t count, int64_t d) {
-        transpose_keys<f16, true>(panel, k, k_bytes, count, d);
+    static void keys(float *panel, const char *k, int64_t k_bytes, int64_t count, int64_t d, Ahead::Share share) {
+        transpose_keys<f16, true>(panel, k, k_bytes, count, d, share);
         // From the last pair on, its two rows never cover one that is still to come.
         for (int64_t pair = depth(d) / PARTS / 2; pair-- > 0;)
             for (int64_t c = 0; c < count; c += Vec::N) {
@@ -123,8 +123,11 @@ struct AttentionMath<f16> : PanelMath {
                 put_pair(panel + c, pair, lower, upper);
             }
     }
-    static void values(float *panel, const char *v, int64_t v_bytes, int64_t count, int64_t begin, int64_t end) {
+    static void values(float *panel, const char *v, int64_t v_bytes, int64_t count, int64_t begin, int64_t end,
+                       Ahead::Share share) {
+        const int64_t lines = share.each((count + 1) / 2);
         for (int64_t j = 0; j < count; j += 2) {
+            share.ahead.ask(lines);
             const auto *lower = (const f16 *)(v + j * v_bytes), *upper = (const f16 *)(v + (j + 1) * v_bytes);
             for (int64_t c = begin; c < end; c += Vec::N) {
                 const int64_t n = end - c < Vec::N ? end - c : Vec::N;

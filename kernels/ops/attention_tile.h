@@ -11,6 +11,8 @@
 
 #include "core/tier.h"
 
+#include "attention_ahead.h"
+
 namespace llaisys::LLAISYS_TIER {
 
 // Rows and vectors of a register tile: 24 sums of 32 registers with AVX-512, 12 of 16 else.
@@ -61,11 +63,14 @@ static inline int64_t tile_rows(int64_t rows) {
 // of 32 bits, one of f32 or two of 16 bits; these are then widened to f32 or, if `paired`, left together: [d / 2, j].
 // The panel has room for whole vectors of units, and what is behind d is zero.
 template <class T, bool paired = false>
-static void transpose_keys(float *panel, const char *keys, int64_t key_bytes, int64_t count, int64_t d) {
+static void transpose_keys(float *panel, const char *keys, int64_t key_bytes, int64_t count, int64_t d,
+                           Ahead::Share share) {
     constexpr int N = Vec::N, EACH = paired ? 1 : 4 / int(sizeof(T));
     const int64_t bytes = d * int64_t(sizeof(T));
+    const int64_t lines = share.each((count + N - 1) / N * ((bytes + 4 * N - 1) / (4 * N)));
     for (int64_t j = 0; j < count; j += N) {
         for (int64_t at = 0; at < bytes; at += 4 * N) {
+            share.ahead.ask(lines);
             const char *source = keys + j * key_bytes + at;
             int64_t step = key_bytes;
             alignas(64) char edge[N][4 * N];
@@ -105,8 +110,10 @@ static void transpose_keys(float *panel, const char *keys, int64_t key_bytes, in
 // panel[j, :] = value[j, :] in f32, for columns [begin, end) of the head; the last vector is filled up with zeros.
 template <class T>
 static void widen_values(float *panel, const char *values, int64_t value_bytes, int64_t count, int64_t begin,
-                         int64_t end) {
+                         int64_t end, Ahead::Share share) {
+    const int64_t lines = share.each(count);
     for (int64_t j = 0; j < count; ++j) {
+        share.ahead.ask(lines);
         const auto *value = (const T *)(values + j * value_bytes);
         float *to = panel + j * PANEL;
         int64_t c = begin;
@@ -136,8 +143,8 @@ struct AttentionMath : VectorMath {
     }
     static void weight(float *row, int64_t at, Vec e) { store(row + at, e); }
 
-    static void keys(float *panel, const char *k, int64_t k_bytes, int64_t count, int64_t d) {
-        transpose_keys<T>(panel, k, k_bytes, count, d);
+    static void keys(float *panel, const char *k, int64_t k_bytes, int64_t count, int64_t d, Ahead::Share share) {
+        transpose_keys<T>(panel, k, k_bytes, count, d, share);
     }
     // scores[i, :] of n rows of queries.
     static void score(float *scores, int64_t scores_row, const float *queries, int64_t n, const float *panel,
@@ -147,8 +154,9 @@ struct AttentionMath : VectorMath {
 
     // Few rows read the values where they lie; many would wait for the conversion each time.
     static bool direct(int64_t rows, int64_t d) { return rows <= 2 * TILE_ROWS && d % Vec::N == 0; }
-    static void values(float *panel, const char *v, int64_t v_bytes, int64_t count, int64_t begin, int64_t end) {
-        widen_values<T>(panel, v, v_bytes, count, begin, end);
+    static void values(float *panel, const char *v, int64_t v_bytes, int64_t count, int64_t begin, int64_t end,
+                       Ahead::Share share) {
+        widen_values<T>(panel, v, v_bytes, count, begin, end, share);
     }
     // out[i, :] = sum of the first limit(i) values, weighted, for n rows, of which no one sees fewer keys than the one
     // before: the values seen by all of them together, then those that only some of them see. Each row stops at its own

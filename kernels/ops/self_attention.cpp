@@ -21,13 +21,15 @@ namespace llaisys {
 
 constexpr int64_t KEYS = 128;
 
-// Floats of scratch memory for `tokens` tokens of one kv head, and of one kv head's partial results for a block.
-using AttentionWorkFn = int64_t(const AttentionArgs &, int64_t tokens);
+// Floats of scratch memory for `tokens` tokens of one kv head, with room for the queries of `heads` of them, and of one
+// kv head's partial results for a block.
+using AttentionWorkFn = int64_t(const AttentionArgs &, int64_t tokens, int64_t heads);
 using AttentionPartialFn = int64_t(const AttentionArgs &);
 // Tokens [begin, end) of one kv head, all blocks, to out.
 using AttentionFn = void(const AttentionArgs &, int64_t kv_head, int64_t begin, int64_t end, float *work);
-// All tokens of one kv head, a single block, to args.partial.
-using AttentionBlockFn = void(const AttentionArgs &, int64_t kv_head, int64_t block, float *work);
+// All tokens and kv heads, the blocks [begin, end) each for itself, to args.partial. `first` and `last`: of those that
+// the thread works on.
+using AttentionBlocksFn = void(const AttentionArgs &, int64_t begin, int64_t end, bool first, bool last, float *work);
 // Folds the partial results of one kv head together, to out.
 using AttentionMergeFn = void(const AttentionArgs &, int64_t kv_head, float *work);
 
@@ -59,7 +61,7 @@ int64_t attention_partial(const AttentionArgs &args) { return state_floats(args,
 
 // How the scratch memory of a tile is laid out. There is room for 15 rows more, as tiles of 16 start at any row.
 struct Work {
-    float *queries; // [rows, depth of D] of the dtype's Factor
+    float *queries; // [rows, depth of D] of the dtype's Factor, for each kv head
     float *scores;  // [rows, KEYS]
     float *weights; // [rows, KEYS, PARTS] of the dtype's Factor; the scores themselves where that is f32
     float *panel;   // [D, PANEL] of keys or [KEYS, PANEL] of values
@@ -68,12 +70,14 @@ struct Work {
     float *factors; // [2, rows]
     float *state;
     float *end;
+    int64_t head_queries; // floats
 };
-static inline Work layout(const AttentionArgs &args, int64_t rows, float *base) {
+static inline Work layout(const AttentionArgs &args, int64_t rows, int64_t heads, float *base) {
     const int64_t d = (args.head_dim + PAIR - 1) / PAIR * PAIR, padded = (rows + 30) / 16 * 16;
     Work w;
+    w.head_queries = padded * d;
     w.queries = base;
-    w.scores = w.queries + padded * d;
+    w.scores = w.queries + heads * w.head_queries;
     w.weights = w.scores + padded * KEYS;
     w.panel = w.weights + padded * KEYS;
     w.rotated = w.panel + (d > KEYS ? d : KEYS) * PANEL;
@@ -85,9 +89,9 @@ static inline Work layout(const AttentionArgs &args, int64_t rows, float *base) 
 }
 
 AttentionWorkFn attention_work;
-int64_t attention_work(const AttentionArgs &args, int64_t tokens) {
+int64_t attention_work(const AttentionArgs &args, int64_t tokens, int64_t heads) {
     float *base = (float *)64;
-    return layout(args, tokens * group_of(args), base).end - base;
+    return layout(args, tokens * group_of(args), heads, base).end - base;
 }
 
 template <class T>
@@ -175,28 +179,14 @@ static inline int64_t limit(const AttentionArgs &args, const Tile &tile, const B
     return n < block.count ? n : block.count;
 }
 
-// Few rows wait for the memory that keys and values come from: what is needed next is asked for while the last is at
-// work. The hardware does not see these rows, of which other heads lie between, as one stream: without it a token
-// over 2048 cold keys took twice as long in 16 bits (224 and 117 us in f16), and 1.1 times in f32.
-constexpr int64_t WAITING_ROWS = 64;
-static inline void fetch_rows(const char *rows, int64_t step, int64_t count, int64_t bytes) {
-    for (int64_t j = 0; j < count; ++j)
-        for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(rows + j * step + b, 0, 2);
-}
-
 // Scores of the rows against the keys of a block, not scaled yet; of rows that see a key of a panel only.
 template <class T>
-static void score_block(const AttentionArgs &args, const Work &w, const Tile &tile, const Block &block) {
+static void score_block(const AttentionArgs &args, const Work &w, const Tile &tile, const Block &block, Ahead &ahead) {
     using Math = AttentionMath<T>;
-    const int64_t d = args.head_dim, bytes = d * int64_t(sizeof(T));
+    const int64_t d = args.head_dim;
     for (int64_t j = 0, r = 0; j < block.count; j += PANEL) {
         const int64_t count = block.count - j < PANEL ? block.count - j : PANEL;
-        if (tile.rows <= WAITING_ROWS) {
-            const int64_t next = block.count - j - count < PANEL ? block.count - j - count : PANEL;
-            fetch_rows(block.k + (j + PANEL) * args.k_token, args.k_token, next, bytes);
-            fetch_rows(block.v + j * args.v_token, args.v_token, count, bytes);
-        }
-        Math::keys(w.panel, block.k + j * args.k_token, args.k_token, count, d);
+        Math::keys(w.panel, block.k + j * args.k_token, args.k_token, count, d, ahead.share(count, block.count));
         while (limit(args, tile, block, r) <= j) ++r;
         for (int64_t i = r, n; i < tile.rows; i += n) {
             n = Math::rows(tile.rows - i);
@@ -209,7 +199,8 @@ static void score_block(const AttentionArgs &args, const Work &w, const Tile &ti
 
 // The block for all rows. `merged`: into the state of the tile; otherwise, as it is, into `to`.
 template <class T, bool merged>
-static void attend_block(const AttentionArgs &args, const Work &w, const Tile &tile, int64_t number, State to) {
+static void attend_block(const AttentionArgs &args, const Work &w, const Tile &tile, int64_t number, State to,
+                         Ahead &ahead) {
     using Math = AttentionMath<T>;
     const int64_t d = args.head_dim, wide = whole_vectors(d), rows = tile.rows;
     Block block;
@@ -218,7 +209,7 @@ static void attend_block(const AttentionArgs &args, const Work &w, const Tile &t
     block.count = seen < KEYS ? seen : KEYS;
     block.k = args.k + tile.kv_head * args.k_head + block.first * args.k_token;
     block.v = args.v + tile.kv_head * args.v_head + block.first * args.v_token;
-    score_block<T>(args, w, tile, block);
+    score_block<T>(args, w, tile, block, ahead);
 
     auto *weights =
         sizeof(typename Math::Factor) == 4 ? (typename Math::Factor *)w.scores : (typename Math::Factor *)w.weights;
@@ -233,17 +224,10 @@ static void attend_block(const AttentionArgs &args, const Work &w, const Tile &t
     float *old = w.factors, *added = w.factors + whole_vectors(rows);
     if constexpr (merged) merge_maxima(to, m, l, old, added, rows);
 
-    if (rows <= WAITING_ROWS) { // what comes next: apart, the same block of the next head
-        const bool head = !merged && tile.kv_head + 1 < args.kv_heads;
-        const int64_t left = args.keys - block.first - (head ? 0 : KEYS);
-        const char *next =
-            head ? block.k + args.k_head : block.k + KEYS * args.k_token - (merged ? 0 : tile.kv_head * args.k_head);
-        fetch_rows(next, args.k_token, left < PANEL ? left : PANEL, d * int64_t(sizeof(T)));
-    }
     const bool direct = Math::direct(rows, d);
     for (int64_t c = 0; c < d; c += PANEL) {
         const int64_t end = c + PANEL < d ? c + PANEL : d, vectors = whole_vectors(end - c) / Vec::N;
-        if (!direct) Math::values(w.panel, block.v, args.v_token, block.count, c, end);
+        if (!direct) Math::values(w.panel, block.v, args.v_token, block.count, c, end, ahead.share(end - c, d));
         for (int64_t r = start, n; r < rows; r += n) {
             n = Math::rows(rows - r);
             alignas(64) float part[16 * PANEL];
@@ -280,14 +264,15 @@ static void finish(const AttentionArgs &args, const Tile &tile, State s) {
 AttentionFn attention;
 void attention(const AttentionArgs &args, int64_t kv_head, int64_t begin, int64_t end, float *work) {
     const Tile tile{kv_head, begin, (end - begin) * group_of(args)};
-    const Work w = layout(args, tile.rows, work);
+    const Work w = layout(args, tile.rows, 1, work);
     const State state = state_at(w.state, tile.rows);
+    Ahead nothing; // the keys of one head alone are not in one stream, and many rows do not wait
     with_type(args.dtype, [&]<class T>(T) {
         AttentionMath<T>::begin();
         load_queries<T>(args, w, tile);
         clear(state, tile.rows, whole_vectors(args.head_dim));
         for (int64_t block = 0; block * KEYS < visible(args, end - 1); ++block)
-            attend_block<T, true>(args, w, tile, block, state);
+            attend_block<T, true>(args, w, tile, block, state, nothing);
         AttentionMath<T>::end();
         finish<T>(args, tile, state);
     });
@@ -299,15 +284,43 @@ static inline State partial_at(const AttentionArgs &args, int64_t kv_head, int64
     return state_at(args.partial + (kv_head * blocks + block) * attention_partial(args), args.tokens * group_of(args));
 }
 
-AttentionBlockFn attention_block;
-void attention_block(const AttentionArgs &args, int64_t kv_head, int64_t block, float *work) {
-    const Tile tile{kv_head, 0, args.tokens * group_of(args)};
-    const Work w = layout(args, tile.rows, work);
+AttentionBlocksFn attention_blocks;
+void attention_blocks(const AttentionArgs &args, int64_t begin, int64_t end, bool first, bool last, float *work) {
+    const int64_t rows = args.tokens * group_of(args), heads = args.kv_heads;
+    const Work all = layout(args, rows, heads, work);
+    const auto of_head = [&](int64_t head) {
+        Work w = all;
+        w.queries += head * w.head_queries;
+        return w;
+    };
     with_type(args.dtype, [&]<class T>(T) {
-        AttentionMath<T>::begin();
-        load_queries<T>(args, w, tile);
-        attend_block<T, false>(args, w, tile, block, partial_at(args, kv_head, block));
-        AttentionMath<T>::end();
+        using Math = AttentionMath<T>;
+        Ahead ahead;
+        const auto add = [&](const char *base, int64_t token, int64_t head, int64_t block) {
+            const int64_t at = block * KEYS, left = args.keys - at;
+            ahead.add(base + at * token, token, (heads - 1) * head + args.head_dim * int64_t(sizeof(T)),
+                      left < KEYS ? left : KEYS);
+        };
+        const auto add_keys = [&](int64_t block) { add(args.k, args.k_token, args.k_head, block); };
+        const auto add_values = [&](int64_t block) { add(args.v, args.v_token, args.v_head, block); };
+        if (first) {
+            add_keys(begin);
+            ahead.ask(ahead.lines());
+            add_values(begin);
+        }
+        Math::begin();
+        for (int64_t head = 0; head < heads; ++head) load_queries<T>(args, of_head(head), {head, 0, rows});
+        for (int64_t block = begin; block < end; ++block) {
+            if (block + 1 < end || !last) {
+                add_keys(block + 1);
+                add_values(block + 1);
+            }
+            ahead.plan(heads * (Math::direct(rows, args.head_dim) ? 1 : 2));
+            for (int64_t head = 0; head < heads; ++head)
+                attend_block<T, false>(args, of_head(head), {head, 0, rows}, block, partial_at(args, head, block),
+                                       ahead);
+        }
+        Math::end();
     });
 }
 
@@ -315,7 +328,7 @@ AttentionMergeFn attention_merge;
 void attention_merge(const AttentionArgs &args, int64_t kv_head, float *work) {
     const Tile tile{kv_head, 0, args.tokens * group_of(args)};
     const int64_t wide = whole_vectors(args.head_dim), rows = tile.rows;
-    const Work w = layout(args, rows, work);
+    const Work w = layout(args, rows, 1, work);
     const State state = state_at(w.state, rows);
     float *old = w.factors, *added = w.factors + whole_vectors(rows);
     clear(state, rows, wide);
@@ -342,7 +355,7 @@ void attention_merge(const AttentionArgs &args, int64_t kv_head, float *work) {
 namespace llaisys {
 
 LLAISYS_KERNEL_BF16(attention, AttentionFn);
-LLAISYS_KERNEL_BF16(attention_block, AttentionBlockFn);
+LLAISYS_KERNEL_BF16(attention_blocks, AttentionBlocksFn);
 LLAISYS_KERNEL_BF16(attention_merge, AttentionMergeFn);
 LLAISYS_KERNEL_BF16(attention_work, AttentionWorkFn);
 LLAISYS_KERNEL_BF16(attention_partial, AttentionPartialFn);
@@ -373,8 +386,9 @@ void check_attention(LlaisysTensor *out, const LlaisysTensor *q, const LlaisysTe
 constexpr int64_t ATTENTION_ROWS = 192;
 // Rows up to which blocks of keys are computed apart where there are too few heads for all threads.
 constexpr int64_t SPLIT_ROWS = 64;
-// Floating point operations of a call that one thread has done by the time that others are awake.
-constexpr int64_t ATTENTION_SMALL = 1 << 19;
+// Floating point operations of a call that one thread has done by the time that another has got its part, and up to
+// which a cache is too short to be cut into blocks.
+constexpr int64_t ATTENTION_SMALL = 1 << 17, ATTENTION_SHORT = 1 << 19;
 
 // Tokens of a tile. Where threads would go without, tiles are smaller.
 static int64_t tile_tokens(const AttentionArgs &args) {
@@ -410,18 +424,16 @@ void run_attention(LlaisysTensor *out, const LlaisysTensor *q, const LlaisysTens
 
     const int64_t tile = tile_tokens(args), tiles = (args.tokens + tile - 1) / tile;
     const int64_t blocks = (args.keys + KEYS - 1) / KEYS, group = args.heads / args.kv_heads;
-    const bool small = 4 * args.tokens * args.keys * args.heads * args.head_dim < ATTENTION_SMALL;
-    const int threads = small ? 1 : num_threads();
-    if (threads > 1 && args.tokens * group <= SPLIT_ROWS && args.kv_heads * tiles < 2 * threads && blocks > 1) {
+    const int64_t operations = 4 * args.tokens * args.keys * args.heads * args.head_dim;
+    if (operations >= ATTENTION_SHORT && args.tokens * group <= SPLIT_ROWS && blocks > 1) {
         args.partial = floats(SLOT_PARTIAL, args.kv_heads * blocks * attention_partial_kernel.get()(args));
-        const auto block_kernel = attention_block_kernel.get();
+        const auto blocks_kernel = attention_blocks_kernel.get();
         const auto merge_kernel = attention_merge_kernel.get();
-        const int64_t work = attention_work_kernel.get()(args, args.tokens);
-        // A part is a run of blocks, each with all heads: their keys lie beside each other, and each asks for the next.
-        const int64_t run = std::max<int64_t>(1, args.kv_heads * blocks / (2 * threads));
-        parallel_for(args.kv_heads * blocks, run, [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; ++i)
-                block_kernel(args, i % args.kv_heads, i / args.kv_heads, floats(SLOT_WORK, work));
+        const int64_t work = attention_work_kernel.get()(args, args.tokens, args.kv_heads);
+        const int64_t run = std::max<int64_t>(1, blocks / (2 * num_threads())), parts = (blocks + run - 1) / run;
+        parallel_for(parts, 1, [&](int64_t part, int64_t) {
+            blocks_kernel(args, part * run, std::min(part * run + run, blocks), starts_share(part, parts),
+                          starts_share(part + 1, parts), floats(SLOT_WORK, work));
         });
         // A merge takes less time than to wake a thread, but for very long caches.
         parallel_for(args.kv_heads, blocks < 64 ? args.kv_heads : 1, [&](int64_t begin, int64_t end) {
@@ -430,8 +442,8 @@ void run_attention(LlaisysTensor *out, const LlaisysTensor *q, const LlaisysTens
         return;
     }
     const auto kernel = attention_kernel.get();
-    const int64_t count = args.kv_heads * tiles, work = attention_work_kernel.get()(args, tile);
-    parallel_for(count, small ? count : 1, [&](int64_t begin, int64_t end) {
+    const int64_t count = args.kv_heads * tiles, work = attention_work_kernel.get()(args, tile, 1);
+    parallel_for(count, operations < ATTENTION_SMALL ? count : 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             // The last tokens see the most keys: they come first, so that no thread is left with a long one at the end.
             const int64_t first = (tiles - 1 - i / args.kv_heads) * tile;
