@@ -2,6 +2,7 @@
 
 #include "../core/convert.h"
 #include "../core/tensor.h"
+#include "../ops/linear.h"
 
 #include <algorithm>
 #include <cmath>
@@ -332,10 +333,22 @@ void Session::chunk(const int64_t *tokens, int64_t count, int64_t position, floa
                              std::initializer_list<double> scalars = {}) {
             node(status, int64_t(i), name, op, position, args, scalars);
         };
-        const auto linear = [&](const char *name, LlaisysTensor &out, const LlaisysTensor &in, const Weight &weight,
-                                const Weight *bias = nullptr) {
-            const LlaisysTensor *b = bias ? bias->get() : nullptr;
-            run(llaisysLinear(&out, &in, &weight.tensor, b), name, "linear", {&out, &in, &weight.tensor, b});
+        struct Linear {
+            const char *name;
+            LlaisysTensor &out;
+            const Weight &weight;
+            const Weight *bias = nullptr;
+            LinearLayer layer() const { return {&out, &weight.tensor, bias ? bias->get() : nullptr}; }
+        };
+        // Layers of the same input are computed together, but for a tap, which sees each before the next one runs.
+        const auto linear = [&](const LlaisysTensor &in, auto... layers) {
+            const int32_t together = tap_ ? LLAISYS_OK : linear_layers(&in, {layers.layer()...});
+            const auto each = [&](const Linear &l) {
+                const LinearLayer own = l.layer();
+                run(tap_ ? linear_layers(&in, {own}) : together, l.name, "linear",
+                    {own.out, &in, own.weight, own.bias});
+            };
+            (each(layers), ...);
         };
         const auto add_norm = [&](const char *name, const LlaisysTensor &addend, const Weight &weight) {
             run(llaisysAddRmsNorm(&x, &next, &h, &addend, &weight.tensor, eps), name, "add_rms_norm",
@@ -351,9 +364,8 @@ void Session::chunk(const int64_t *tokens, int64_t count, int64_t position, floa
 
         LlaisysTensor new_k = cached(cache.k, position, S), new_v = cached(cache.v, position, S);
         LlaisysTensor flat_v = view(new_v.data, m.dtype, {T, kv_heads * dim});
-        linear("self_attn.q_proj", q, x, w.q, &w.q_bias);
-        linear("self_attn.k_proj", k, x, w.k, &w.k_bias);
-        linear("self_attn.v_proj", flat_v, x, w.v, &w.v_bias);
+        linear(x, Linear{"self_attn.q_proj", q, w.q, &w.q_bias}, Linear{"self_attn.k_proj", k, w.k, &w.k_bias},
+               Linear{"self_attn.v_proj", flat_v, w.v, &w.v_bias});
         const LlaisysTensor split_k = split_heads(k, kv_heads);
         run(llaisysRope(&new_k, &split_k, &pos, theta), "self_attn.rope_k", "rope", {&new_k, &split_k, &pos}, {theta});
         const LlaisysTensor split_q = split_heads(q, heads);
@@ -361,13 +373,12 @@ void Session::chunk(const int64_t *tokens, int64_t count, int64_t position, floa
         LlaisysTensor split_attn = split_heads(attn, heads);
         run(llaisysRopeSelfAttention(&split_attn, &split_q, &pos, &all_k, &all_v, theta, scale), "self_attn.attn",
             "rope_self_attention", {&split_attn, &split_q, &pos, &all_k, &all_v}, {theta, scale});
-        linear("self_attn.o_proj", o, attn, w.o);
+        linear(attn, Linear{"self_attn.o_proj", o, w.o});
 
         add_norm("post_attention_layernorm", o, w.post_norm);
-        linear("mlp.gate_proj", gate, x, w.gate);
-        linear("mlp.up_proj", up, x, w.up);
+        linear(x, Linear{"mlp.gate_proj", gate, w.gate}, Linear{"mlp.up_proj", up, w.up});
         run(llaisysSwiglu(&act, &gate, &up), "mlp.act", "swiglu", {&act, &gate, &up});
-        linear("mlp.down_proj", down, act, w.down);
+        linear(act, Linear{"mlp.down_proj", down, w.down});
     }
     model_.tokens_computed += count;
     if (nlogits == 0) return;

@@ -132,14 +132,13 @@ static inline void panel_tile(float *out, int64_t out_row, const char *x, const 
     add_sums<M, N>(out, out_row, sum, first);
 }
 
-// The same from a panel of M rows and N rows of the weights as they lie in memory, of which `columns` are multiplied.
-// While they are read, what lies `far` columns further in each row is asked for, up to column `turn`, and from there on
-// what is needed after it, at `next`.
+// The same, lane by lane, from a panel of M rows and N rows of the weights as they lie in memory, of which `columns`
+// are multiplied. While they are read, what lies `far` columns further in each row is asked for, up to column `turn`,
+// and from there on what is needed after it, at `next`.
 template <class T, int M, int N>
-static inline void memory_tile(float *out, int64_t out_row, const char *x, const T *const (&w)[N], int64_t columns,
-                               bool first, const T *const (&next)[N], int64_t far, int64_t turn) {
+LLAISYS_INLINE static inline void memory_sums(Vec (&sum)[M * N], const char *x, const T *const (&w)[N], int64_t columns,
+                                              const T *const (&next)[N], int64_t far, int64_t turn) {
     using P = Product<T>;
-    Vec sum[M * N];
     for (Vec &s : sum) s = zero();
     typename P::Reg wv[P::REGS][N];
     const auto step = [&] {
@@ -170,6 +169,12 @@ static inline void memory_tile(float *out, int64_t out_row, const char *x, const
         }
         step();
     }
+}
+template <class T, int M, int N>
+static inline void memory_tile(float *out, int64_t out_row, const char *x, const T *const (&w)[N], int64_t columns,
+                               bool first, const T *const (&next)[N], int64_t far, int64_t turn) {
+    Vec sum[M * N];
+    memory_sums<T, M, N>(sum, x, w, columns, next, far, turn);
     add_sums<M, N>(out, out_row, sum, first);
 }
 
