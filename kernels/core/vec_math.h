@@ -78,24 +78,26 @@ static inline Vec exp(Vec x) {
 }
 
 // The sums of the lanes of COUNT vectors, many at a time: each in the one order that hsum_parts and hsum_whole have. At
-// `out` there is room for COUNT rounded up to whole vectors.
-template <int COUNT>
-static inline void hsums(float *out, const Vec *v) {
-    constexpr int PARTS = (COUNT + 3) / 4, WHOLE = Vec::N / 4; // of the last ones, what is missing repeats another
-    Vec parts[PARTS];
-    for (int i = 0; i < PARTS; ++i) {
-        const auto one = [&](int j) { return v[4 * i + j < COUNT ? 4 * i + j : 4 * i]; };
-        parts[i] = hsum_parts(one(0), one(1), one(2), one(3));
-    }
-    for (int i = 0; i < PARTS; i += WHOLE) {
-        const auto part = [&](int j) { return parts[i + j < PARTS ? i + j : i]; };
-        if constexpr (WHOLE == 4)
-            store(out + 4 * i, hsum_whole(part(0), part(1), part(2), part(3)));
-        else if constexpr (WHOLE == 2)
-            store(out + 4 * i, hsum_whole(part(0), part(1)));
-        else
-            store(out + 4 * i, hsum_whole(part(0)));
-    }
+// `out` there is room for COUNT rounded up to whole vectors. What is missing at the end repeats another. No loops, for
+// whose sake the vectors would have to lie in memory.
+template <int COUNT, int I>
+LLAISYS_INLINE static inline Vec hsum_part(const Vec (&v)[COUNT]) {
+    constexpr int PART = I < (COUNT + 3) / 4 ? 4 * I : 0;
+    return hsum_parts(v[PART], v[PART + 1 < COUNT ? PART + 1 : PART], v[PART + 2 < COUNT ? PART + 2 : PART],
+                      v[PART + 3 < COUNT ? PART + 3 : PART]);
+}
+template <int COUNT, int I = 0>
+LLAISYS_INLINE static inline void hsums(float *out, const Vec (&v)[COUNT]) {
+    constexpr int WHOLE = Vec::N / 4;
+    if constexpr (WHOLE == 4)
+        store(out + 4 * I,
+              hsum_whole(hsum_part<COUNT, I>(v), hsum_part<COUNT, I + 1>(v), hsum_part<COUNT, I + 2>(v),
+                         hsum_part<COUNT, I + 3>(v)));
+    else if constexpr (WHOLE == 2)
+        store(out + 4 * I, hsum_whole(hsum_part<COUNT, I>(v), hsum_part<COUNT, I + 1>(v)));
+    else
+        store(out + 4 * I, hsum_whole(hsum_part<COUNT, I>(v)));
+    if constexpr (4 * (I + WHOLE) < COUNT) hsums<COUNT, I + WHOLE>(out, v);
 }
 
 } // namespace llaisys::LLAISYS_TIER

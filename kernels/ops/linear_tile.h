@@ -104,8 +104,15 @@ static inline void multiply(Vec (&sum)[M * N], const char *x, const typename Pro
     }
 }
 
+// In two loops, which become single registers: as one of 24 turns it became a memset.
 template <int M, int N>
-static inline void add_sums(float *out, int64_t out_row, const Vec (&sum)[M * N], bool first) {
+LLAISYS_INLINE static inline void clear(Vec (&sum)[M * N]) {
+    for (int m = 0; m < M; ++m)
+        for (int n = 0; n < N; ++n) sum[m * N + n] = zero();
+}
+
+template <int M, int N>
+LLAISYS_INLINE static inline void add_sums(float *out, int64_t out_row, const Vec (&sum)[M * N], bool first) {
     alignas(64) float sums[(M * N + Vec::N - 1) / Vec::N * Vec::N];
     hsums<M * N>(sums, sum);
     for (int m = 0; m < M; ++m)
@@ -122,7 +129,7 @@ static inline void panel_tile(float *out, int64_t out_row, const char *x, const 
                               const char *ahead) {
     constexpr int N = TILE_FEATURES;
     Vec sum[M * N];
-    for (Vec &s : sum) s = zero();
+    clear<M, N>(sum);
     for (const char *const end = x + M * bytes; x != end; x += M * REG, w += N * REG, ahead += REG) {
         typename Product<T>::Reg wv[N];
         __builtin_prefetch(ahead);
@@ -139,7 +146,7 @@ template <class T, int M, int N>
 LLAISYS_INLINE static inline void memory_sums(Vec (&sum)[M * N], const char *x, const T *const (&w)[N], int64_t columns,
                                               const T *const (&next)[N], int64_t far, int64_t turn) {
     using P = Product<T>;
-    for (Vec &s : sum) s = zero();
+    clear<M, N>(sum);
     typename P::Reg wv[P::REGS][N];
     const auto step = [&] {
         for (int i = 0; i < P::REGS; ++i, x += M * REG) multiply<T, M, N>(sum, x, wv[i]);
