@@ -118,18 +118,24 @@ static inline void pack_block(bf16 *panel, const Rows &x, int64_t row, int64_t c
     const int64_t steps = tile_steps(x.length);
     for (int64_t step = 0; step < steps; ++step) {
         const int64_t c = step * TILE_COLUMNS;
-        __m512i r[PARTS][16] = {};
-        for (int64_t i = 0; i < count; ++i) {
-            __m512i part[PARTS];
+        const auto load_row = [&](__m512i(&part)[PARTS], int64_t i) {
             Parts<T>::load(part, (const T *)row_at(x, row + i) + c, x.length - c);
+        };
+        const auto out_of = [&](int k) { return panel + (k * steps + step) * TILE_COLUMNS * width; };
+        if (width == 1) { // one row in pairs is that row
+            __m512i part[PARTS];
+            load_row(part, 0);
+            for (int k = 0; k < PARTS; ++k) _mm512_storeu_si512(out_of(k), part[k]);
+            continue;
+        }
+        __m512i r[PARTS][16];
+        for (int64_t i = 0; i < TILE; ++i) {
+            __m512i part[PARTS] = {};
+            if (i < count) load_row(part, i);
             for (int k = 0; k < PARTS; ++k) r[k][i] = part[k];
         }
         for (int k = 0; k < PARTS; ++k) {
-            bf16 *out = panel + (k * steps + step) * TILE_COLUMNS * width;
-            if (width == 1) { // one row in pairs is that row
-                _mm512_storeu_si512(out, r[k][0]);
-                continue;
-            }
+            bf16 *out = out_of(k);
             transpose(r[k]);
             const auto kept = __mmask16((1u << width) - 1);
             for (int64_t i = 0; i < 16; ++i) _mm512_mask_storeu_epi32(out + i * 2 * width, kept, r[k][i]);
