@@ -342,6 +342,7 @@ void Session::chunk(const int64_t *tokens, int64_t count, int64_t position, floa
         };
         // Layers of the same input are computed together, but for a tap, which sees each before the next one runs.
         const auto linear = [&](const LlaisysTensor &in, auto... layers) {
+            static_assert(sizeof...(layers) <= LINEAR_LAYERS);
             const int32_t together = tap_ ? LLAISYS_OK : linear_layers(&in, {layers.layer()...});
             const auto each = [&](const Linear &l) {
                 const LinearLayer own = l.layer();

@@ -89,8 +89,8 @@ ENGINE = (
         ("self_attn.q_proj",),
         ("PARAM",),
         _engine(
-            "const LlaisysTensor *b = bias ? bias->get() : nullptr;",
-            "const LlaisysTensor *b = bias && !MUTANT ? bias->get() : nullptr;",
+            "return {&out, &weight.tensor, bias ? bias->get() : nullptr};",
+            "return {&out, &weight.tensor, bias && !MUTANT ? bias->get() : nullptr};",
         ),
     ),
     Mutant(
@@ -99,8 +99,8 @@ ENGINE = (
         ("self_attn.o_proj",),
         ("PARAM",),
         _engine(
-            'linear("self_attn.o_proj", o, attn, w.o);',
-            'linear("self_attn.o_proj", o, attn, MUTANT ? model_.layers[(i + 1) % model_.layers.size()].o : w.o);',
+            'Linear{"self_attn.o_proj", o, w.o}',
+            'Linear{"self_attn.o_proj", o, MUTANT ? model_.layers[(i + 1) % model_.layers.size()].o : w.o}',
         ),
     ),
     Mutant(

@@ -220,9 +220,8 @@ OTHERS = (
         ("model.embed_tokens",),
         (
             "ops/embedding.cpp",
-            "memcpy(&row, args.index + t * 8, 8);\n        memcpy(row_at(args.out, t)",
-            "memcpy(&row, args.index + t * 8, 8);\n        row = MUTANT && row > 0 ? row - 1 : row;\n"
-            "        memcpy(row_at(args.out, t)",
+            "        return row_at(args.weight, i);\n",
+            "        return row_at(args.weight, MUTANT && i > 0 ? i - 1 : i);\n",
         ),
         layered=False,
     ),
@@ -304,14 +303,15 @@ struct Flip {{
         ("ops/linear.cpp", "#include <algorithm>\n", "#include <algorithm>\n#include <atomic>\n"),
         (
             "ops/linear.cpp",
-            "        if (numel(*out) == 0) return;\n",
-            "        if (numel(*out) == 0) return;\n        const Flip flip{out};\n",
+            "        if (group.count > 0) run_linear(group);\n",
+            "        if (group.count == 0) return;\n        const Flip flip{layers.begin()->out};\n"
+            "        run_linear(group);\n",
         ),
         certificates=("REPEAT", "LOCAL"),
     )
 
 
-_WEIGHTS = "return (const T *)row_at(args.weight, n);"
+_WEIGHTS = "return (const T *)(args.weight.base + n * args.weight.step[0]);"
 LINEAR = (
     _local(
         "linear-no-bias",
@@ -394,9 +394,9 @@ LINEAR = (
         "linear",
         _LINEAR_SITES,
         (
-            "ops/linear.cpp",
+            "ops/linear_panel.h",
             _WEIGHTS,
-            "return (const T *)row_at(args.weight, MUTANT && n >= 32 && n < 48 ? n - 16 : n);",
+            "if (MUTANT && n >= 32 && n < 48) n -= 16;\n    " + _WEIGHTS,
         ),
     ),
     _flips("linear-race", "every third call adds something to an element", "++turns % 3 == 0"),
