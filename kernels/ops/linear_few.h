@@ -5,10 +5,12 @@
 
 namespace llaisys::LLAISYS_TIER {
 
-// Whether elements are multiplied as they are read, and 16 at a time. Widening first is so slow that x may as well come
-// from the second-level cache.
+// Whether elements are multiplied as they are read, and not widened first; and whether so quickly, 16 at a time, that x
+// had better not come from the second-level cache.
 template <class T>
-constexpr bool FAST = Vec::N == 16 && (sizeof(T) == sizeof(float) || Product<T>::REGS == 1);
+constexpr bool AS_READ = sizeof(T) == sizeof(float) || Product<T>::REGS == 1;
+template <class T>
+constexpr bool FAST = Vec::N == 16 && AS_READ<T>;
 // Up to this many tiles of rows are multiplied by the weights where they lie, see few_rows. For 8960 features of 1536
 // columns, few_rows and many_rows took, in ms: 16 rows of bf16 0.71, 0.84, and 24 rows 1.15, 1.01; 24 rows of f16 1.84,
 // 1.93; in AVX2 12 rows of bf16 1.78, 2.12, and 16 rows 2.34, 2.04.
@@ -16,15 +18,18 @@ template <class T>
 constexpr int64_t FEW_TILES = Vec::N == 16 && !FAST<T> ? 6 : 3;
 
 // What lies this many bytes further in a row of weights is asked for while the row is read: the processor's own
-// prefetcher stops at the end of a page.
-constexpr int64_t AHEAD = 1024;
+// prefetcher stops at the end of a page. What is widened first leaves less room for requests between the products: one
+// row times 8960 features of 1536 columns in f16 takes 440 us with 1024 bytes and 390 to 420 with 1536 while memory is
+// fast (both 640 while it is slow), where bf16 takes 375 and 371 to 396.
+template <class T>
+constexpr int64_t AHEAD = AS_READ<T> ? 1024 : 1536;
 
 // N rows of the weights, straight from memory. The first tile of x brings a block of them into the first-level cache,
 // where the others find it; while the second one is multiplied, the next block is asked for.
 template <class T, int N>
 static inline void few_features(const LinearArgs &args, float *sums, int64_t first, int64_t last, int64_t n,
                                 int64_t end) {
-    constexpr int64_t FAR = AHEAD / int64_t(sizeof(T));
+    constexpr int64_t FAR = AHEAD<T> / int64_t(sizeof(T));
     const int64_t columns = args.x.length, block = block_columns<T>(columns);
     const T *w[N], *next[N], *coming[N];
     for (int i = 0; i < N; ++i) {
@@ -108,7 +113,7 @@ static void few_parts(const LinearArgs &args, float *sums, float *lanes, int64_t
 // rows and more lost by it, 6 of f16 20 %.
 template <class T, int N>
 static int64_t one_row(const LinearArgs &args, float *sums, int64_t row, int64_t begin, int64_t end) {
-    constexpr int64_t FAR = AHEAD / int64_t(sizeof(T));
+    constexpr int64_t FAR = AHEAD<T> / int64_t(sizeof(T));
     constexpr int TOGETHER = 4;
     const int64_t columns = args.x.length, block = block_columns<T>(columns), step = args.weight.step[0];
     const int64_t left = columns > FAR ? columns - FAR : 0; // until FAR columns further is the next row

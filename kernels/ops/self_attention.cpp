@@ -296,10 +296,10 @@ void attention_blocks(const AttentionArgs &args, int64_t begin, int64_t end, boo
     with_type(args.dtype, [&]<class T>(T) {
         using Math = AttentionMath<T>;
         Ahead ahead;
+        // Only heads that lie beside each other: where each lies for itself, the processor sees its rows as a stream.
         const auto add = [&](const char *base, int64_t token, int64_t head, int64_t block) {
-            const int64_t at = block * KEYS, left = args.keys - at;
-            ahead.add(base + at * token, token, (heads - 1) * head + args.head_dim * int64_t(sizeof(T)),
-                      left < KEYS ? left : KEYS);
+            const int64_t at = block * KEYS, left = args.keys - at, own = args.head_dim * int64_t(sizeof(T));
+            if (heads == 1 || head == own) ahead.add(base + at * token, token, heads * own, left < KEYS ? left : KEYS);
         };
         const auto add_keys = [&](int64_t block) { add(args.k, args.k_token, args.k_head, block); };
         const auto add_values = [&](int64_t block) { add(args.v, args.v_token, args.v_head, block); };
@@ -430,7 +430,7 @@ void run_attention(LlaisysTensor *out, const LlaisysTensor *q, const LlaisysTens
         const auto blocks_kernel = attention_blocks_kernel.get();
         const auto merge_kernel = attention_merge_kernel.get();
         const int64_t work = attention_work_kernel.get()(args, args.tokens, args.kv_heads);
-        const int64_t run = std::max<int64_t>(1, blocks / (2 * num_threads())), parts = (blocks + run - 1) / run;
+        const int64_t run = std::clamp<int64_t>(blocks / (2 * num_threads()), 1, 64), parts = (blocks + run - 1) / run;
         parallel_for(parts, 1, [&](int64_t part, int64_t) {
             blocks_kernel(args, part * run, std::min(part * run + run, blocks), starts_share(part, parts),
                           starts_share(part + 1, parts), floats(SLOT_WORK, work));
