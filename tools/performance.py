@@ -1,7 +1,7 @@
-"""Put the figures of a run into docs/performance.md: `performance.py RESULTS.json`.
+"""Put figures into docs/performance.md: `performance.py RESULTS.json [MORE.json ...]`.
 
-RESULTS.json is of `llaisys bench --json` or `pytest --benchmark-only --benchmark-json`. What stands between the two
-marks of the page is replaced.
+The files are of `llaisys bench --json` or `pytest --benchmark-only --benchmark-json`. The machine and its roofs are those
+of the first, the rows those of all. What stands between the two marks of the page is replaced.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ BEGIN, END = "<!-- figures: begin -->\n", "<!-- figures: end -->\n"
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
-        sys.exit("usage: performance.py RESULTS.json")
+    if len(sys.argv) < 2:
+        sys.exit("usage: performance.py RESULTS.json [MORE.json ...]")
     before, _, rest = PAGE.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end:
         sys.exit(f"{PAGE}: expected the lines {BEGIN.strip()} and {END.strip()}, found neither or one")
-    PAGE.write_text(before + BEGIN + "\n" + report.markdown(report.read(sys.argv[1])) + "\n" + END + after)
+    data = report.read(sys.argv[1])
+    for more in sys.argv[2:]:
+        data["rows"] += report.read(more)["rows"]
+    PAGE.write_text(before + BEGIN + "\n" + report.markdown(data) + "\n" + END + after)
 
 
 if __name__ == "__main__":
