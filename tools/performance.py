@@ -1,7 +1,7 @@
 """Put figures into docs/performance.md: `performance.py RESULTS.json [MORE.json ...]`.
 
-The files are of `llaisys bench --json` or `pytest --benchmark-only --benchmark-json`. The machine and its roofs are those
-of the first, the rows those of all. What stands between the two marks of the page is replaced.
+The files are of `llaisys bench --json` or `pytest --benchmark-only --benchmark-json`. The machine and its roofs are
+those of the first, the rows those of all. What stands between the two marks of the page is replaced.
 """
 
 from __future__ import annotations

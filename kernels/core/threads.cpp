@@ -54,6 +54,7 @@ bool interrupted() {
     return interrupt.callback(interrupt.user) != 0;
 }
 
+// What parallel_run is given.
 struct Task {
     void (*body)(void *, int64_t, int64_t);
     void *context;

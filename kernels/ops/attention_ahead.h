@@ -22,9 +22,10 @@ public:
         int64_t each(int64_t steps) const { return (lines + steps - 1) / steps; }
     };
 
-    // `count` rows of `bytes` bytes come next. At most four sets of rows may be waiting.
+    // `count` rows of `bytes` bytes come next. If SETS sets of rows are waiting, they are not asked for.
     void add(const char *at, int64_t step, int64_t bytes, int64_t count) {
         if (now_ == added_) now_ = added_ = 0;
+        if (added_ == SETS) return;
         rows_[added_++] = {at, step, bytes, count, 0};
         lines_ += count * ((bytes + LINE - 1) / LINE);
     }
@@ -45,11 +46,12 @@ public:
 
 private:
     static constexpr int64_t LINE = 64;
+    static constexpr int SETS = 4; // two blocks of keys and values
     struct Rows {
         const char *at;
         int64_t step, bytes, count, column;
     };
-    Rows rows_[4];
+    Rows rows_[SETS];
     int now_ = 0, added_ = 0;
     int64_t lines_ = 0, part_ = 0;
 };
