@@ -285,7 +285,7 @@ static Vec cut(Vec v) {
 
 def _flips(name: str, title: str, when: str) -> Mutant:
     """The last bit of the first element is another one `when` a condition holds."""
-    entry = "} // namespace llaisys\n\nint32_t llaisysLinear("
+    entry = "int32_t linear_layers("
     flip = f"""static std::atomic<int> turns{{0}};
 struct Flip {{
     LlaisysTensor *out;
