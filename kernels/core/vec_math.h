@@ -77,6 +77,19 @@ static inline Vec exp(Vec x) {
     return scale2(p, n);
 }
 
+// Copies n bytes, a vector of them at least: bits, not numbers. Calls `beside(i)` before those from byte i on; the last
+// vector copies some of them once more.
+template <class Beside>
+LLAISYS_INLINE static inline void copy_bytes(char *out, const char *x, int64_t n, Beside beside) {
+    constexpr int64_t WIDTH = sizeof(Vec);
+    const auto copy = [&](int64_t i) {
+        beside(i);
+        store((float *)(out + i), load((const float *)(x + i)));
+    };
+    for (int64_t i = 0; i + WIDTH < n; i += WIDTH) copy(i);
+    copy(n - WIDTH);
+}
+
 // The sums of the lanes of COUNT vectors, many at a time: each in the one order that hsum_parts and hsum_whole have. At
 // `out` there is room for COUNT rounded up to whole vectors. What is missing at the end repeats another. No loops, for
 // whose sake the vectors would have to lie in memory.

@@ -1,4 +1,5 @@
-// The native Qwen2: weights, KV cache and the graph, which is a sequence of calls of the operators in llaisys.h.
+// The native Qwen2: weights, KV cache and the graph, which is a sequence of calls of the operators in llaisys.h; layers
+// of one input are one call, see ops/linear.h.
 #pragma once
 
 #include "../core/memory.h"

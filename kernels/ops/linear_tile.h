@@ -186,7 +186,9 @@ static inline void memory_tile(float *out, int64_t out_row, const char *x, const
 }
 
 // A part of a block, lane by lane: sums[m, n] (+)= x[m, :] * w[n, :] over `columns` of N rows of the weights as they
-// lie in memory. On the way as much is asked for from each of the two `ahead`, if they are given.
+// lie in memory. On the way as much is asked for from each of the two `ahead`, if they are given. The loop is that of
+// memory_sums once more: in a function that both call, gcc 12 leaves the sums in memory, and 16 rows of bf16 times 8960
+// features of 1536 columns took 1.25 ms instead of 0.67, 4 rows 0.50 instead of 0.39.
 template <class T, int M, int N>
 static inline void part_tile(float *sums, const char *x, const T *const (&w)[N], int64_t columns, bool first,
                              const T *const *ahead) {

@@ -40,14 +40,10 @@ static void copy_plane(const RearrangeArgs &args, char *out, const char *x, int6
 // n bytes. Rows of a head are a few lines, for which a call of memcpy takes up to a quarter longer; long rows it copies
 // as well as can be.
 static inline void copy_row(char *out, const char *x, int64_t n) {
-    constexpr int64_t WIDTH = Vec::N * 4;
-    if (n < WIDTH || n >= 1024) {
+    if (n < int64_t(sizeof(Vec)) || n >= 1024)
         memcpy(out, x, size_t(n));
-        return;
-    }
-    const auto copy = [&](int64_t i) { store((float *)(out + i), load((const float *)(x + i))); }; // bits, not numbers
-    for (int64_t i = 0; i + WIDTH < n; i += WIDTH) copy(i);
-    copy(n - WIDTH); // in part once more
+    else
+        copy_bytes(out, x, n, [](int64_t) {});
 }
 
 RearrangeFn rearrange;
