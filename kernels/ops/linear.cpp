@@ -15,6 +15,8 @@ struct LinearPlan {
     int64_t panel_bytes, work_bytes;
     int64_t tiles; // of rows
     int64_t unit;  // features that parts of the work are multiples of: whole tiles
+    int64_t most;  // features of a part of the work
+    int64_t parts; // of the work for each thread, below which the rows are cut too
 };
 using LinearPlanFn = LinearPlan(const LinearArgs &);
 // Packs the tiles [begin, end) of x.
@@ -104,14 +106,20 @@ LinearPlan linear_plan(const LinearArgs &args) {
         const int64_t sums = args.rows * LINEAR_FEATURES * int64_t(sizeof(float));
 #if defined(__AMX_BF16__)
         if constexpr (ON_TILES<T>) {
-            plan = {tile_panel_bytes<T>(args.rows, args.x.length), sums + tile_work_bytes<T>(args.rows),
-                    tile_blocks(args.rows), GROUP<T>};
+            plan = {tile_panel_bytes<T>(args.rows, args.x.length),
+                    tile_work_bytes<T>(args.rows),
+                    tile_blocks(args.rows),
+                    GROUP<T>,
+                    TILE_FEATURES_AT_ONCE<T>,
+                    1};
             return;
         }
 #endif
         plan.panel_bytes = args.rows * panel_bytes<T>(args.x.length);
         plan.tiles = tiles_of(args);
         plan.unit = VECTOR_UNIT;
+        plan.most = LINEAR_FEATURES;
+        plan.parts = 4;
         plan.work_bytes =
             sums + (plan.tiles <= FEW_TILES<T> ? args.rows * PART_FEATURES * REG : LINEAR_FEATURES * BLOCK_BYTES);
     });
@@ -131,31 +139,29 @@ void linear_pack(const LinearArgs &args, int64_t begin, int64_t end) {
 LinearFn linear;
 void linear(const LinearArgs &args, int64_t first, int64_t last, int64_t begin, int64_t end, char *work) {
     with_type(args.dtype, [&]<class T>(T) {
-        const auto row_of = [&](int64_t tile) {
-#if defined(__AMX_BF16__)
-            if constexpr (ON_TILES<T>) return block_row(args.rows, tile);
-#endif
-            return tile_row(args, tile);
+        const auto finish = [&](const float *sums, int64_t sums_row, int64_t row, int64_t rows, int64_t n,
+                                int64_t features) {
+            for (int64_t m = 0; m < rows; ++m)
+                finish_row((T *)row_at(args.out, args.row + row + m) + n, sums + m * sums_row,
+                           args.bias ? (const T *)args.bias + n : nullptr, features);
         };
-        const int64_t row = row_of(first), rows = row_of(last) - row;
+#if defined(__AMX_BF16__)
+        if constexpr (ON_TILES<T>)
+            return tile_sums<T>(args, first, last, begin, end, work,
+                                [&](const float *sums, int64_t row, int64_t rows, int64_t n, int64_t features) {
+                                    finish(sums, GROUP<T>, row, rows, n, features);
+                                });
+#endif
+        const int64_t row = tile_row(args, first), rows = tile_row(args, last) - row;
         auto *sums = (float *)work;
         char *packed = work + rows * LINEAR_FEATURES * int64_t(sizeof(float));
-        const auto add_up = [&] {
-            if (args.x.length == 0) return (void)memset(sums, 0, size_t(packed - work));
-#if defined(__AMX_BF16__)
-            if constexpr (ON_TILES<T>)
-                return tile_sums<T>(sums, LINEAR_FEATURES, args.weight, (const bf16 *)args.panel, args.rows, first,
-                                    last, begin, end, packed);
-#endif
-            if (last - first <= FEW_TILES<T>)
-                few_rows<T>(args, sums, (float *)packed, first, last, begin, end);
-            else
-                many_rows<T>(args, sums, packed, first, last, begin, end);
-        };
-        add_up();
-        for (int64_t m = 0; m < rows; ++m)
-            finish_row((T *)row_at(args.out, args.row + row + m) + begin, sums + m * LINEAR_FEATURES,
-                       args.bias ? (const T *)args.bias + begin : nullptr, end - begin);
+        if (args.x.length == 0)
+            memset(sums, 0, size_t(packed - work));
+        else if (last - first <= FEW_TILES<T>)
+            few_rows<T>(args, sums, (float *)packed, first, last, begin, end);
+        else
+            many_rows<T>(args, sums, packed, first, last, begin, end);
+        finish(sums, LINEAR_FEATURES, row, rows, begin, end - begin);
     });
 }
 
@@ -203,12 +209,12 @@ struct LinearShare {
     int64_t unit(int64_t part) const { return part * units / parts; }
 };
 static LinearShare share_linear(int64_t units, const LinearPlan &plan) {
-    const int64_t most = LINEAR_FEATURES / plan.unit;
+    const int64_t most = plan.most / plan.unit;
     const int64_t threads = num_threads(), rows = (plan.tiles + 7) / 8;
     LinearShare share{units, (units + most - 1) / most, 1};
     if (rows == 1) // Few rows: all threads get some of the features, two units at least.
         share.parts = std::max(share.parts, std::min(units / 2, threads * 4));
-    else if (share.parts < 4 * threads) // As wide as can be, so that a tile of x is read for many features.
+    else if (share.parts < plan.parts * threads) // As wide as can be, so that a tile of x is read for many features.
         share.cuts = std::min(threads, rows);
     if (share.cuts == 1 && share.parts > threads)
         share.parts = std::min((share.parts + threads - 1) / threads * threads, units);

@@ -17,6 +17,7 @@
 
 #include "core/amx.h"
 #include "f16_parts.h"
+#include "linear_panel.h"
 
 #include <immintrin.h>
 
@@ -24,11 +25,16 @@ namespace llaisys::LLAISYS_TIER {
 
 constexpr int64_t TILE = 16;         // rows of a tile
 constexpr int64_t TILE_COLUMNS = 32; // bf16 columns of a tile
-// Columns of a chunk: 32 rows of weights, 32 KiB, stay in the first-level cache while all rows of x pass.
-constexpr int64_t TILE_CHUNK = 512;
+// Columns of a chunk: of 32 rows of weights and of 32 rows of x it is 16 KiB each, which stay in the first-level cache
+// with their sums while all rows of x pass.
+constexpr int64_t TILE_CHUNK = 256;
 // From this many blocks of x on, a chunk of weights is copied first: rows a power of two apart would share few sets of
 // the cache.
 constexpr int64_t TILE_COPIED = 8;
+// From this many on, the lines of out are asked for before they are written: with fewer the weights need all requests.
+constexpr int64_t OUT_AHEAD = 16;
+// What lies this many columns further in the rows of weights is asked for, if nothing of them is read twice.
+constexpr int64_t TILE_FAR = 256;
 
 static inline int64_t tile_steps(int64_t columns) { return (columns + TILE_COLUMNS - 1) / TILE_COLUMNS; }
 // How 32 columns of a row become bf16 pairs: as they are, or in two parts, the high one first. f32 would take three
@@ -41,8 +47,7 @@ template <>
 struct Parts<bf16> {
     static constexpr int COUNT = 1;
     static inline void load(__m512i (&part)[COUNT], const bf16 *p, int64_t columns) {
-        const __mmask32 mask = columns < TILE_COLUMNS ? (1u << columns) - 1 : ~0u;
-        part[0] = _mm512_maskz_loadu_epi16(mask, p);
+        part[0] = columns < TILE_COLUMNS ? _mm512_maskz_loadu_epi16((1u << columns) - 1, p) : _mm512_loadu_si512(p);
     }
 };
 template <>
@@ -77,12 +82,26 @@ template <class T>
 static inline int64_t tile_panel_bytes(int64_t rows, int64_t columns) {
     return tile_blocks(rows) * Parts<T>::COUNT * panel_block(rows, columns) * int64_t(sizeof(bf16));
 }
-// Two tiles of sums for each block of x and part of it, and a chunk of two tiles of weights.
+// Features of a part of the work: x is read from afar once for all of them, a chunk after the other, and for 512 rows
+// their sums, 0.5 MiB in bf16 and 1 MiB in f16, stay in the second-level cache beside the chunk.
+template <class T>
+constexpr int64_t TILE_FEATURES_AT_ONCE = 256 / Parts<T>::COUNT;
+// The chunks of a row but for the last one: they are as even as can be.
+static inline int64_t chunk_columns(int64_t columns) {
+    constexpr int64_t MOST = TILE_CHUNK / TILE_COLUMNS;
+    const int64_t steps = tile_steps(columns), chunks = (steps + MOST - 1) / MOST;
+    return chunks < 2 ? columns : (steps + chunks - 1) / chunks * TILE_COLUMNS;
+}
+// A chunk of two tiles of weights; and for each group of features, block of x and part of it two tiles of sums.
+constexpr int64_t TILE_COPY_BYTES = 2 * TILE * TILE_CHUNK * int64_t(sizeof(bf16));
 template <class T>
 static inline int64_t tile_work_bytes(int64_t rows) {
-    return tile_blocks(rows) * Parts<T>::COUNT * 2 * TILE * TILE * int64_t(sizeof(float)) +
-        2 * TILE * TILE_CHUNK * int64_t(sizeof(bf16));
+    constexpr int64_t GROUPS = TILE_FEATURES_AT_ONCE<T> / GROUP<T>;
+    return TILE_COPY_BYTES + GROUPS * tile_blocks(rows) * Parts<T>::COUNT * 2 * TILE * TILE * int64_t(sizeof(float));
 }
+
+// Assembly, as gcc 12 drops a loop of nothing but __builtin_prefetch.
+static inline void fetch(const char *p) { __asm__ volatile("prefetcht0 %0" : : "m"(*p)); }
 
 // r[i][j] <- r[j][i] of 32-bit elements.
 static inline void transpose(__m512i (&r)[16]) {
@@ -116,10 +135,13 @@ template <class T>
 static inline void pack_block(bf16 *panel, const Rows &x, int64_t row, int64_t count, int64_t width) {
     constexpr int PARTS = Parts<T>::COUNT;
     const int64_t steps = tile_steps(x.length);
+    const T *at[TILE];
+    for (int64_t i = 0; i < TILE; ++i) at[i] = (const T *)row_at(x, row + (i < count ? i : 0));
     for (int64_t step = 0; step < steps; ++step) {
         const int64_t c = step * TILE_COLUMNS;
         const auto load_row = [&](__m512i(&part)[PARTS], int64_t i) {
-            Parts<T>::load(part, (const T *)row_at(x, row + i) + c, x.length - c);
+            Parts<T>::load(part, at[i] + c, x.length - c);
+            fetch((const char *)(at[i] + c) + 512);
         };
         const auto out_of = [&](int k) { return panel + (k * steps + step) * TILE_COLUMNS * width; };
         if (width == 1) { // one row in pairs is that row
@@ -129,6 +151,7 @@ static inline void pack_block(bf16 *panel, const Rows &x, int64_t row, int64_t c
             continue;
         }
         __m512i r[PARTS][16];
+#pragma GCC unroll 16 // else the rows go through memory
         for (int64_t i = 0; i < TILE; ++i) {
             __m512i part[PARTS] = {};
             if (i < count) load_row(part, i);
@@ -166,40 +189,61 @@ static inline void configure_tiles(int64_t width) {
 struct alignas(64) WeightTiles {
     bf16 tile[2][TILE][TILE_COLUMNS];
 };
-// Copies a group of rows from column c on; where rows or columns are missing, there are zeros.
+// Copies the columns [begin, end) of a group of rows, a WeightTiles for each 32; where rows or columns are missing,
+// there are zeros.
 template <class T>
-static inline void copy_weights(WeightTiles &to, const Rows &weight, int64_t n, int64_t count, int64_t c) {
+static inline void copy_weights(WeightTiles *to, const Rows &weight, int64_t n, int64_t count, int64_t begin,
+                                int64_t end) {
     constexpr int PARTS = Parts<T>::COUNT;
     for (int64_t i = 0; i < GROUP<T>; ++i) {
-        __m512i part[PARTS] = {};
-        if (i < count) Parts<T>::load(part, (const T *)row_at(weight, n + i) + c, weight.length - c);
-        for (int k = 0; k < PARTS; ++k) _mm512_store_si512(to.tile[PARTS == 1 ? i / TILE : k][i % TILE], part[k]);
+        const T *row = (const T *)(weight.base + (n + (i < count ? i : 0)) * weight.step[0]);
+        WeightTiles *at = to;
+        for (int64_t c = begin; c < end; c += TILE_COLUMNS, ++at) {
+            __m512i part[PARTS] = {};
+            if (i < count) Parts<T>::load(part, row + c, weight.length - c);
+            for (int k = 0; k < PARTS; ++k) _mm512_store_si512(at->tile[PARTS == 1 ? i / TILE : k][i % TILE], part[k]);
+        }
     }
 }
 
-// Asks for what is needed next in the rows of a group of weights.
-template <class T>
-static inline void fetch_rows(const char *at, int64_t step, int64_t count) {
-    for (int64_t i = 0; i < count && i < GROUP<T>; ++i) __builtin_prefetch(at + i * step);
-}
+// What is asked for beside a part of the product, evenly, as the processor has few requests under way at a time: of the
+// rows [first, last) of a group of weights what lies at `near`, column by column, and from column `turn` on what lies
+// at `next`; and where the `out_rows` rows of out from `row` on will be written.
+struct TileAhead {
+    const char *near, *next;
+    int64_t turn, first, last;
+    int64_t row, out_rows;
+};
 
 // A part of the product: a group of features from n on, `count` of them, times up to two blocks of x or parts of one,
 // over the columns [begin, end).
 struct TilePart {
-    const Rows &weight;
+    const LinearArgs &args;
     int64_t n, count, begin, end;
     const WeightTiles *copied; // of each step, or NULL: they are read where they lie
-    const char *ahead;         // for each row of weights, at the distance of the rows: what is read next, or NULL
     const bf16 *x;             // the block of the panel, from column 0 on
     int64_t block, width;
     float *saved; // sums of [block of x][tile of weights]
     bool load;
+    TileAhead ahead;
 };
+
+// The share of the step from column c on.
+template <class T>
+static inline void fetch_ahead(const TilePart &p, int64_t c) {
+    constexpr int64_t SIZE = int64_t(sizeof(T));
+    const TileAhead &a = p.ahead;
+    const char *at = c < a.turn ? a.near + c * SIZE : a.next + (c - a.turn) * SIZE;
+    for (int64_t i = a.first; i < a.last; ++i) fetch(at + i * p.args.weight.step[0]);
+    for (int64_t i = (c - p.begin) / TILE_COLUMNS; i < a.out_rows; i += tile_steps(p.end - p.begin))
+        fetch(row_at(p.args.out, a.row + i) + p.n * SIZE);
+}
 
 // The sums of one or two blocks of x and one or two tiles of weights.
 template <class T, bool TWO, bool WIDE>
 static inline void tile_product(const TilePart &p) {
     constexpr int64_t SIZE = TILE * TILE, STEP = TILE * int64_t(sizeof(float));
+    const Rows &weight = p.args.weight;
     if (p.load) {
         tile_load<0>(p.saved, STEP);
         if (WIDE) tile_load<2>(p.saved + SIZE, STEP);
@@ -214,11 +258,11 @@ static inline void tile_product(const TilePart &p) {
     // Whole tiles of bf16 are read where they lie. Others are copied; the copy is made a step before it is needed, as
     // a tile is not loaded from stores that are still on their way.
     const bool whole_rows = !p.copied && Parts<T>::COUNT == 1 && p.count >= (WIDE ? 2 : 1) * TILE;
-    const auto in_place = [&](int64_t c) { return whole_rows && p.weight.length - c >= TILE_COLUMNS; };
+    const auto in_place = [&](int64_t c) { return whole_rows && weight.length - c >= TILE_COLUMNS; };
     WeightTiles copies[2];
     const auto copy = [&](int64_t c) {
         if (p.copied || c >= p.end || in_place(c)) return;
-        copy_weights<T>(copies[c / TILE_COLUMNS % 2], p.weight, p.n, p.count, c);
+        copy_weights<T>(&copies[c / TILE_COLUMNS % 2], weight, p.n, p.count, c, c + 1);
     };
     copy(p.begin);
     for (int64_t c = p.begin; c < p.end; c += TILE_COLUMNS) {
@@ -227,8 +271,8 @@ static inline void tile_product(const TilePart &p) {
         const char *a = (const char *)own.tile[0], *b = (const char *)own.tile[1];
         int64_t step = TILE_COLUMNS * int64_t(sizeof(bf16));
         if (in_place(c)) {
-            step = p.weight.step[0];
-            a = row_at(p.weight, p.n) + c * int64_t(sizeof(bf16));
+            step = weight.step[0];
+            a = weight.base + p.n * step + c * int64_t(sizeof(bf16));
             b = a + TILE * step;
         }
         tile_load<6>(p.x + c * p.width, p.width * 4);
@@ -243,7 +287,7 @@ static inline void tile_product(const TilePart &p) {
             tile_dot<2, 5, 6>();
             if (TWO) tile_dot<3, 5, 7>();
         }
-        if (p.ahead) fetch_rows<T>(p.ahead + (c - p.begin) * int64_t(sizeof(T)), p.weight.step[0], p.count);
+        fetch_ahead<T>(p, c);
     }
     tile_store<0>(p.saved, STEP);
     if (WIDE) tile_store<2>(p.saved + SIZE, STEP);
@@ -270,61 +314,79 @@ static inline void add_parts(float *tiles) {
     }
 }
 
-// The sums of the blocks [first, last) of a panel of `rows` rows and the features [begin, end) of the weights.
-template <class T>
-static inline void tile_sums(float *sums, int64_t sums_row, const Rows &weight, const bf16 *panel, int64_t rows,
-                             int64_t first, int64_t last, int64_t begin, int64_t end, char *work) {
+// Calls `finish(sums, row, rows, n, features)` with the sums of the blocks [first, last) of x and the features [begin,
+// end), at most TILE_FEATURES_AT_ONCE, a block of rows and a group of features at a time: those of a row are GROUP
+// apart from those of the next one.
+template <class T, class Finish>
+static inline void tile_sums(const LinearArgs &args, int64_t first, int64_t last, int64_t begin, int64_t end,
+                             char *work, Finish finish) {
     constexpr int PARTS = Parts<T>::COUNT;
-    constexpr int64_t SIZE = TILE * TILE;
-    const int64_t width = block_rows(rows), block = panel_block(rows, weight.length), columns = weight.length;
-    const int64_t blocks = (last - first) * PARTS;
-    panel += first * PARTS * block;
-    auto *saved = (float *)work;
-    auto *copied = (WeightTiles *)(saved + blocks * 2 * SIZE);
+    constexpr int64_t SIZE = TILE * TILE, BYTES = int64_t(sizeof(T));
+    const Rows &weight = args.weight;
+    const int64_t width = block_rows(args.rows), block = panel_block(args.rows, weight.length);
+    const int64_t columns = weight.length, blocks = (last - first) * PARTS, pairs = (blocks + 1) / 2;
+    const int64_t groups = (end - begin + GROUP<T> - 1) / GROUP<T>;
+    const auto *panel = (const bf16 *)args.panel + first * PARTS * block;
+    auto *copied = (WeightTiles *)work;
+    auto *saved = (float *)(work + TILE_COPY_BYTES); // [group][block of x][tile of weights]
     // One block of x needs no chunks, as nothing of the weights is read twice. Parts are made once for all blocks.
     const bool once = last - first == 1, copy = PARTS > 1 ? !once : blocks >= TILE_COPIED;
-    const int64_t chunk = once ? columns : TILE_CHUNK;
+    const int64_t chunk = once ? columns : chunk_columns(columns);
+    const auto row_of = [&](int64_t m) { return block_row(args.rows, first + m); };
     configure_tiles(width);
-    for (int64_t n = begin; n < end; n += GROUP<T>) {
-        const int64_t count = end - n < GROUP<T> ? end - n : GROUP<T>;
-        const bool wide = PARTS > 1 || count > TILE;
-        for (int64_t c = 0; c < columns; c += chunk) {
-            const int64_t until = columns - c < chunk ? columns : c + chunk;
-            if (copy)
-                for (int64_t at = c; at < until; at += TILE_COLUMNS)
-                    copy_weights<T>(copied[(at - c) / TILE_COLUMNS], weight, n, count, at);
-            // 1 KiB, a chunk, further on, or the next features' first one.
-            const int64_t far = once && c + TILE_CHUNK < columns ? c + TILE_CHUNK : until;
-            const int64_t following = n + GROUP<T> < end ? n + GROUP<T> : n;
-            const char *ahead =
-                far < columns ? row_at(weight, n) + far * int64_t(sizeof(T)) : row_at(weight, following);
-            for (int64_t m = 0; m < blocks; m += 2) {
-                const TilePart part{weight,
+    int64_t c = 0, until;
+    do { // once at least, as without columns the sums are zero
+        until = columns - c < chunk ? columns : c + chunk;
+        const bool done = until == columns;
+        for (int64_t g = 0; g < groups; ++g) {
+            const int64_t n = begin + g * GROUP<T>, count = end - n < GROUP<T> ? end - n : GROUP<T>;
+            const bool wide = PARTS > 1 || count > TILE;
+            if (copy) copy_weights<T>(copied, weight, n, count, c, until);
+            // What follows: the next group, from the same column on, or the first one's next chunk; or, behind the last
+            // column, other features.
+            const bool more = g + 1 < groups;
+            const int64_t after = more ? n + GROUP<T> : !done ? begin : end < weight.count ? end : n;
+            const int64_t left = weight.count - after, there = left < GROUP<T> ? left : GROUP<T>;
+            TileAhead ahead{};
+            ahead.near = weight.base + n * weight.step[0] + TILE_FAR * BYTES;
+            ahead.next = weight.base + after * weight.step[0] + (more && !once ? c : done ? 0 : until) * BYTES;
+            ahead.turn = !once ? c : columns > TILE_FAR ? columns - TILE_FAR : 0;
+            for (int64_t pair = 0; pair < pairs; ++pair) {
+                const int64_t m = 2 * pair, row = row_of(m / PARTS);
+                const int64_t stop = blocks - m > 2 ? row_of((m + 2) / PARTS) : row_of(last - first);
+                ahead.first = pair * there / pairs;
+                ahead.last = (pair + 1) * there / pairs;
+                ahead.row = args.row + row;
+                ahead.out_rows = done && blocks >= OUT_AHEAD ? stop - row : 0;
+                const TilePart part{args,
                                     n,
                                     count,
                                     c,
                                     until,
                                     copy ? copied : nullptr,
-                                    m == 0 ? ahead : nullptr,
                                     panel + m * block,
                                     block,
                                     width,
-                                    saved + m * 2 * SIZE,
-                                    c > 0};
+                                    saved + (g * blocks + m) * 2 * SIZE,
+                                    c > 0,
+                                    ahead};
                 if (blocks - m > 1)
                     wide ? tile_product<T, true, true>(part) : tile_product<T, true, false>(part);
                 else
                     wide ? tile_product<T, false, true>(part) : tile_product<T, false, false>(part);
             }
+            for (int64_t m = 0; done && m < last - first; ++m) {
+                const int64_t row = row_of(m), rows = row_of(m + 1) - row;
+                float *tiles = saved + (g * blocks + m * PARTS) * 2 * SIZE;
+                alignas(64) float sums[TILE * GROUP<T>];
+                if constexpr (PARTS > 1) add_parts(tiles);
+                for (int64_t at = 0; at < count; at += TILE)
+                    turn_tile(sums + at, GROUP<T>, tiles + at / TILE * SIZE, rows, count - at);
+                finish(sums, row, rows, n, count);
+            }
         }
-        for (int64_t m = 0; m < last - first; ++m) {
-            const int64_t left = rows - (first + m) * TILE, there = left < TILE ? left : TILE;
-            float *tiles = saved + m * PARTS * 2 * SIZE, *out = sums + m * TILE * sums_row + (n - begin);
-            if constexpr (PARTS > 1) add_parts(tiles);
-            for (int64_t at = 0; at < count; at += TILE)
-                turn_tile(out + at, sums_row, tiles + at / TILE * SIZE, there, count - at);
-        }
-    }
+        c = until;
+    } while (c < columns);
     tile_release();
 }
 

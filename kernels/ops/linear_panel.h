@@ -5,8 +5,8 @@
 
 namespace llaisys {
 
-// Most rows of x that are packed and multiplied together, and most output features of one part of the work: their sums
-// and a block of the weights, LINEAR_FEATURES * BLOCK_BYTES, stay in the second-level cache.
+// Most rows of x that are packed and multiplied together, and, in vector registers, most output features of one part of
+// the work: their sums and a block of the weights, LINEAR_FEATURES * BLOCK_BYTES, stay in the second-level cache.
 [[maybe_unused]] constexpr int64_t LINEAR_ROWS = 516;
 constexpr int64_t LINEAR_FEATURES = 96;
 
