@@ -38,7 +38,7 @@ constexpr int64_t TILE_FAR = 256;
 
 static inline int64_t tile_steps(int64_t columns) { return (columns + TILE_COLUMNS - 1) / TILE_COLUMNS; }
 // How 32 columns of a row become bf16 pairs: as they are, or in two parts, the high one first. f32 would take three
-// parts and six products, and stays with FMA.
+// parts and six products; but tiles flush subnormal sums, for which its bound has no room, so it stays with FMA.
 template <class T>
 struct Parts {
     static constexpr int COUNT = 0;
