@@ -107,43 +107,79 @@ static void few_parts(const LinearArgs &args, float *sums, float *lanes, int64_t
     }
 }
 
-// The features [begin, end) of a single row of x; returns the first one that is left, as they are taken N at a time.
-// Short rows of weights are over so soon that all that can be is worked out before, and that lanes are added for
-// several tiles together: with 1152 features of 224 columns in the third-level cache, a thread went from 8.0 to 5.9 us.
-// Two rows and more lost by it, 6 of f16 20 %.
-template <class T, int N>
-static int64_t one_row(const LinearArgs &args, float *sums, int64_t row, int64_t begin, int64_t end) {
-    constexpr int64_t FAR = AHEAD<T> / int64_t(sizeof(T));
-    constexpr int TOGETHER = N < 8 ? 4 : 2; // tiles whose lanes are added together
-    const int64_t columns = args.x.length, block = block_columns<T>(columns), step = args.weight.step[0];
-    const int64_t left = columns > FAR ? columns - FAR : 0; // until FAR columns further is the next row
-    const T *w[N], *next[N];
-    const auto go_to = [&](int64_t n) {
-        const char *at = (const char *)weights<T>(args, n);
-        const int64_t following = n + 2 * N <= end ? N * step : 0;
-        for (int i = 0; i < N; ++i) {
-            w[i] = (const T *)(at + i * step);
-            next[i] = (const T *)(at + following + i * step);
+// Whether the weights of a tile of x are read row after row, in one stream: where sums need not wait for each other,
+// and x stays in the first-level cache beside the weights. The processor follows one stream better than several. 8960
+// features of 1536 columns took, in us, with 4 or 8 rows at a time and in one stream: one row in bf16 348 and 272
+// (while memory was slow 570 and 520), in f16 390 and 312 (580 and 496), in f32 690 and 660 (1040 and 1030); four rows
+// in bf16 431 and 338. With more of x at hand, one row of f32 times 4096 features of 4096 columns took 790 and 840, and
+// in AVX2, where a sum adds twice for 32 bytes and a conversion comes first, one row of bf16 360 and 528.
+template <class T>
+static inline bool in_stream(int64_t rows, int64_t columns) {
+    constexpr bool WAITS = Vec::N < 16 && !AS_READ<T>, HALF = sizeof(T) < sizeof(float);
+    const int64_t most = HALF && (AS_READ<T> || rows == 1) ? 20 << 10 : 12 << 10;
+    return !WAITS && rows * panel_bytes<T>(columns) <= most;
+}
+
+// The features [begin, end) of M rows of x, row after row of the weights. What is asked for lies whole rows further,
+// about 8 KiB: with 2 KiB rows of 3 KiB cost 5 to 10 %, with 16 KiB no less. Lanes are added for TOGETHER blocks of
+// rows together.
+template <class T, int M>
+static void stream_features(const LinearArgs &args, float *sums, int64_t row, int64_t begin, int64_t end) {
+    constexpr int64_t FAR = 8192;
+    constexpr int TOGETHER = M < 3 ? 8 / M : 2;
+    const int64_t columns = args.x.length, block = block_columns<T>(columns), bytes = columns * int64_t(sizeof(T));
+    const int64_t later = (FAR + bytes - 1) / bytes, last = args.weight.count - 1;
+    int64_t n = begin, c = 0;
+    while (n < end) {
+        Vec sum[TOGETHER * M];
+        float *to[TOGETHER];
+        bool first[TOGETHER];
+        int count = 0;
+        for (; count < TOGETHER && n < end; ++count) {
+            const int64_t width = columns - c < block ? columns - c : block;
+            const T *const w[1] = {weights<T>(args, n) + c};
+            const T *const next[1] = {weights<T>(args, n + later < last ? n + later : last) + c};
+            Vec own[M];
+            memory_sums<T, M, 1>(own, block_of<T>(args, c) + row * panel_bytes<T>(width), w, width, next, 0, 0);
+            for (int m = 0; m < M; ++m) sum[count * M + m] = own[m];
+            to[count] = sums + (n - begin);
+            first[count] = c == 0;
+            c += width;
+            if (c == columns) {
+                c = 0;
+                ++n;
+            }
         }
-    };
-    int64_t n = begin;
-    const char *x = block_of<T>(args, 0) + row * panel_bytes<T>(columns);
-    for (; columns <= block && n + TOGETHER * N <= end; n += TOGETHER * N, sums += TOGETHER * N) {
-        Vec sum[TOGETHER * N];
-        for (int t = 0; t < TOGETHER; ++t) {
-            Vec own[N];
-            go_to(n + t * N);
-            memory_sums<T, 1, N>(own, x, w, columns, next, FAR, left);
-            for (int i = 0; i < N; ++i) sum[t * N + i] = own[i];
-        }
-        hsums<TOGETHER * N>(sums, sum);
+        for (int i = count * M; i < TOGETHER * M; ++i) sum[i] = zero();
+        float added[TOGETHER * M];
+        hsums<TOGETHER * M>(added, sum);
+        for (int i = 0; i < count; ++i)
+            for (int m = 0; m < M; ++m) {
+                float &at = to[i][m * LINEAR_FEATURES];
+                at = first[i] ? added[i * M + m] : at + added[i * M + m];
+            }
     }
+}
+
+// The features [begin, end) of a single row of x, N at a time; returns the first one that is left.
+template <class T, int N>
+static int64_t row_features(const LinearArgs &args, float *sums, int64_t row, int64_t begin, int64_t end) {
+    constexpr int64_t FAR = AHEAD<T> / int64_t(sizeof(T));
+    const int64_t columns = args.x.length, block = block_columns<T>(columns);
+    const int64_t left = columns > FAR ? columns - FAR : 0; // until FAR columns further is the next row
+    int64_t n = begin;
     for (; n + N <= end; n += N, sums += N) {
-        go_to(n);
+        const T *w[N], *next[N];
+        for (int i = 0; i < N; ++i) {
+            w[i] = weights<T>(args, n + i);
+            next[i] = weights<T>(args, n + 2 * N <= end ? n + N + i : n + i);
+        }
         for (int64_t c = 0; c < columns; c += block) {
             const int64_t width = columns - c < block ? columns - c : block;
-            memory_tile<T, 1, N>(sums, LINEAR_FEATURES, block_of<T>(args, c) + row * panel_bytes<T>(width), w, width,
-                                 c == 0, next, FAR, left - c);
+            Vec sum[N];
+            memory_sums<T, 1, N>(sum, block_of<T>(args, c) + row * panel_bytes<T>(width), w, width, next, FAR,
+                                 left - c);
+            add_sums<1, N>(sums, LINEAR_FEATURES, sum, c == 0);
             for (int i = 0; i < N; ++i) w[i] += width;
         }
     }
@@ -154,20 +190,14 @@ static int64_t one_row(const LinearArgs &args, float *sums, int64_t row, int64_t
 template <class T>
 static void few_rows(const LinearArgs &args, float *sums, float *lanes, int64_t first, int64_t last, int64_t begin,
                      int64_t end) {
-    // As many as there are registers for.
-    constexpr int N = Vec::N == 16 ? 4 : 2;
+    // Rows of the weights: as many as there are registers for. In AVX2, a single row of x times 1536 features of 8960
+    // columns takes 345 us in bf16 with 8 and 400 with 4, and in f32, of 4096 times 4096, 1530 and 1460.
+    constexpr int N = Vec::N == 16 ? 4 : 2, SINGLE = AS_READ<T> && Vec::N < 16 ? 4 : 8;
     const int64_t rows = tile_row(args, last) - tile_row(args, first);
     int64_t n = begin;
-    if (rows == 1) {
-        // With 4 rows of weights at a time, 8960 of 1536 columns took 1.00 to 1.03 times as long while memory was
-        // slow, 1.03 to 1.11 while it was fast; with 2, 1.2 times, with 12, 1.1 times.
-        const auto take = [&]<int COUNT>() {
-            n = one_row<T, COUNT>(args, sums + (n - begin), tile_row(args, first), n, end);
-        };
-        take.template operator()<2 * N>();
-        take.template operator()<N>();
-        take.template operator()<1>();
-    }
+    if (last - first == 1 && in_stream<T>(rows, args.x.length))
+        return with_rows(rows, [&]<int M>() { stream_features<T, M>(args, sums, tile_row(args, first), begin, end); });
+    if (rows == 1) n = row_features<T, SINGLE>(args, sums, tile_row(args, first), n, end);
     if (FAST<T> && rows * panel_bytes<T>(block_columns<T>(args.x.length)) > FEW_BYTES)
         while (n + N <= end) {
             const int64_t stop = end - n < PART_FEATURES ? n + (end - n) / N * N : n + PART_FEATURES;
