@@ -117,18 +117,43 @@ template <class T>
 static inline bool in_stream(int64_t rows, int64_t columns) {
     constexpr bool WAITS = Vec::N < 16 && !AS_READ<T>, HALF = sizeof(T) < sizeof(float);
     const int64_t most = HALF && (AS_READ<T> || rows == 1) ? 20 << 10 : 12 << 10;
-    return !WAITS && rows * panel_bytes<T>(columns) <= most;
+    const int64_t bytes = rows == 1 ? columns * int64_t(sizeof(T)) : rows * panel_bytes<T>(columns);
+    return !WAITS && bytes <= most;
+}
+
+// memory_sums of a single row of x and one of the weights, both as they lie in memory: of f16 that is half as much of x
+// as in a panel. 8960 columns, which then stay in the first-level cache, took 585 us for 1536 features, and 680 before.
+template <class T>
+static inline Vec row_sum(const T *x, const T *w, int64_t columns, const T *next) {
+    using P = Product<T>;
+    typename P::Reg xv[P::REGS], wv[P::REGS];
+    Vec sum = zero();
+    int64_t c = 0;
+    for (; c + P::COLUMNS <= columns; c += P::COLUMNS) {
+        P::unit(xv, x + c);
+        P::unit(wv, w + c);
+        for (int64_t line = 0; line < P::COLUMNS; line += 64 / int64_t(sizeof(T))) __builtin_prefetch(next + c + line);
+        for (int i = 0; i < P::REGS; ++i) sum = P::add(xv[i], wv[i], sum);
+    }
+    if (c < columns) {
+        P::unit(xv, x + c, columns - c);
+        P::unit(wv, w + c, columns - c);
+        for (int i = 0; i < P::REGS; ++i) sum = P::add(xv[i], wv[i], sum);
+    }
+    return sum;
 }
 
 // The features [begin, end) of M rows of x, row after row of the weights. What is asked for lies whole rows further,
 // about 8 KiB: with 2 KiB rows of 3 KiB cost 5 to 10 %, with 16 KiB no less. Lanes are added for TOGETHER blocks of
-// rows together.
+// rows together. To take long rows block by block, 32 at a time, breaks the stream: one row of bf16 times 1536 features
+// of 8960 columns 653 us, and 551 whole.
 template <class T, int M>
 static void stream_features(const LinearArgs &args, float *sums, int64_t row, int64_t begin, int64_t end) {
     constexpr int64_t FAR = 8192;
     constexpr int TOGETHER = M < 3 ? 8 / M : 2;
     const int64_t columns = args.x.length, block = block_columns<T>(columns), bytes = columns * int64_t(sizeof(T));
     const int64_t later = (FAR + bytes - 1) / bytes, last = args.weight.count - 1;
+    const T *x = (const T *)row_at(args.x, args.row + row);
     int64_t n = begin, c = 0;
     while (n < end) {
         Vec sum[TOGETHER * M];
@@ -140,7 +165,10 @@ static void stream_features(const LinearArgs &args, float *sums, int64_t row, in
             const T *const w[1] = {weights<T>(args, n) + c};
             const T *const next[1] = {weights<T>(args, n + later < last ? n + later : last) + c};
             Vec own[M];
-            memory_sums<T, M, 1>(own, block_of<T>(args, c) + row * panel_bytes<T>(width), w, width, next, 0, 0);
+            if constexpr (M == 1)
+                own[0] = row_sum(x + c, w[0], width, next[0]);
+            else
+                memory_sums<T, M, 1>(own, block_of<T>(args, c) + row * panel_bytes<T>(width), w, width, next, 0, 0);
             for (int m = 0; m < M; ++m) sum[count * M + m] = own[m];
             to[count] = sums + (n - begin);
             first[count] = c == 0;
