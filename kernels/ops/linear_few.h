@@ -179,7 +179,7 @@ static void stream_features(const LinearArgs &args, float *sums, int64_t row, in
             }
         }
         for (int i = count * M; i < TOGETHER * M; ++i) sum[i] = zero();
-        float added[TOGETHER * M];
+        float added[(TOGETHER * M + Vec::N - 1) / Vec::N * Vec::N];
         hsums<TOGETHER * M>(added, sum);
         for (int i = 0; i < count; ++i)
             for (int m = 0; m < M; ++m) {
