@@ -32,8 +32,8 @@ def selftest(
 ) -> None:
     """Build kernels with known faults, and count what the differ and the rules of others find of them.
 
-    Needs the sources, a compiler, meson and ninja. All of it takes about half an hour on two cores; --quick two
-    minutes. Exit status 1 if a fault was not found, or a right library was blamed.
+    Needs the sources, a compiler, meson and ninja. All of it takes about half an hour on two cores; --quick five
+    minutes. Exit status 1 if a fault was not found or not named rightly, or a right library was blamed.
     """
     from ..selftest.build import source_tree
     from ..selftest.mutants import MUTANTS
