@@ -10,7 +10,7 @@
 
 namespace llaisys {
 
-// What the panel and the work of a thread take, and what the rows of x are cut into.
+// What the panel, 0 if x is not packed, and the work of a thread take, and what the rows of x are cut into.
 struct LinearPlan {
     int64_t panel_bytes, work_bytes;
     int64_t tiles; // of rows
@@ -115,7 +115,8 @@ LinearPlan linear_plan(const LinearArgs &args) {
             return;
         }
 #endif
-        plan.panel_bytes = args.rows * panel_bytes<T>(args.x.length);
+        if (args.rows > 1 || !in_stream<T>(1, args.x.length)) // else stream_features reads x where it lies
+            plan.panel_bytes = args.rows * panel_bytes<T>(args.x.length);
         plan.tiles = tiles_of(args);
         plan.unit = VECTOR_UNIT;
         plan.most = LINEAR_FEATURES;
@@ -146,11 +147,7 @@ void linear(const LinearArgs &args, int64_t first, int64_t last, int64_t begin, 
                            args.bias ? (const T *)args.bias + n : nullptr, features);
         };
 #if defined(__AMX_BF16__)
-        if constexpr (ON_TILES<T>)
-            return tile_sums<T>(args, first, last, begin, end, work,
-                                [&](const float *sums, int64_t row, int64_t rows, int64_t n, int64_t features) {
-                                    finish(sums, GROUP<T>, row, rows, n, features);
-                                });
+        if constexpr (ON_TILES<T>) return tile_sums<T>(args, first, last, begin, end, work, finish);
 #endif
         const int64_t row = tile_row(args, first), rows = tile_row(args, last) - row;
         auto *sums = (float *)work;
@@ -260,7 +257,9 @@ static void run_linear(LinearGroup &group) {
             group.args[i].rows = args.rows;
             group.args[i].panel = args.panel;
         }
-        parallel_for(plan.tiles, grain_for(plan.tiles, 4), [&](int64_t begin, int64_t end) { pack(args, begin, end); });
+        if (plan.panel_bytes > 0)
+            parallel_for(plan.tiles, grain_for(plan.tiles, 4),
+                         [&](int64_t begin, int64_t end) { pack(args, begin, end); });
         const LinearShare share = share_linear(group.units(plan.unit), plan);
         const int64_t cuts = share.cuts;
         parallel_for(share.parts * cuts, 1, [&](int64_t item, int64_t) {

@@ -314,9 +314,8 @@ static inline void add_parts(float *tiles) {
     }
 }
 
-// Calls `finish(sums, row, rows, n, features)` with the sums of the blocks [first, last) of x and the features [begin,
-// end), at most TILE_FEATURES_AT_ONCE, a block of rows and a group of features at a time: those of a row are GROUP
-// apart from those of the next one.
+// Calls `finish(sums, sums_row, row, rows, n, features)` with the sums of the blocks [first, last) of x and the
+// features [begin, end), at most TILE_FEATURES_AT_ONCE, a block of rows and a group of features at a time.
 template <class T, class Finish>
 static inline void tile_sums(const LinearArgs &args, int64_t first, int64_t last, int64_t begin, int64_t end,
                              char *work, Finish finish) {
@@ -382,7 +381,7 @@ static inline void tile_sums(const LinearArgs &args, int64_t first, int64_t last
                 if constexpr (PARTS > 1) add_parts(tiles);
                 for (int64_t at = 0; at < count; at += TILE)
                     turn_tile(sums + at, GROUP<T>, tiles + at / TILE * SIZE, rows, count - at);
-                finish(sums, row, rows, n, count);
+                finish(sums, GROUP<T>, row, rows, n, count);
             }
         }
         c = until;
