@@ -73,10 +73,11 @@ static void transpose_keys(float *panel, const char *keys, int64_t key_bytes, in
             share.ahead.ask(lines);
             const char *source = keys + j * key_bytes + at;
             int64_t step = key_bytes;
+            // Copied are only keys of which some are missing or of which a part of 16 bytes is.
+            const int64_t length = bytes - at < 4 * N ? bytes - at : 4 * N;
             alignas(64) char edge[N][4 * N];
-            if (j + N > count || at + 4 * N > bytes) {
+            if (j + N > count || length % 16 != 0) {
                 memset(edge, 0, sizeof edge);
-                const int64_t length = bytes - at < 4 * N ? bytes - at : 4 * N;
                 for (int64_t i = 0; i < N && j + i < count; ++i)
                     memcpy(edge[i], source + i * key_bytes, size_t(length));
                 source = edge[0];
@@ -84,6 +85,11 @@ static void transpose_keys(float *panel, const char *keys, int64_t key_bytes, in
             }
             // Blocks of 4 x 4 units are read so that a shuffle of lanes is never needed.
             for (int c = 0; c < N / 4; ++c) {
+                float *to = panel + (at / 4 + 4 * c) * EACH * PANEL + j;
+                if (16 * c >= length) {
+                    for (int i = 0; i < 4 * EACH; ++i) store(to + i * PANEL, zero());
+                    continue;
+                }
                 const char *p = source + 16 * c;
                 const Vec r0 = load_quarters(p, 4 * step), r1 = load_quarters(p + step, 4 * step);
                 const Vec r2 = load_quarters(p + 2 * step, 4 * step), r3 = load_quarters(p + 3 * step, 4 * step);
@@ -91,7 +97,6 @@ static void transpose_keys(float *panel, const char *keys, int64_t key_bytes, in
                 const Vec low23 = interleave_low(r2, r3), high23 = interleave_high(r2, r3);
                 const Vec column[4] = {pairs_low(low01, low23), pairs_high(low01, low23), pairs_low(high01, high23),
                                        pairs_high(high01, high23)};
-                float *to = panel + (at / 4 + 4 * c) * EACH * PANEL + j;
                 for (int i = 0; i < 4; ++i) {
                     if constexpr (EACH == 1) {
                         store(to + i * PANEL, column[i]);
