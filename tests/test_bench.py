@@ -10,7 +10,6 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -315,15 +314,23 @@ def test_doctor_measures_the_roofs() -> None:
 # ------------------------------------------------------------------ models
 
 
-def test_the_embedded_model(tmp_path: Path) -> None:
+def test_the_embedded_model() -> None:
     """One process of the native engine, with short cases."""
-    command = [sys.executable, "-m", "llaisys.bench.worker", "native", str(models.make_checkpoint("tiny")), "bf16", "2"]
-    done = subprocess.run([*command, "prefill 16", "decode 8"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
+    found = models._process("native", models.make_checkpoint("tiny"), "bf16", 2, ["prefill 16", "decode 8"])
     assert set(found["seconds"]) == {"load", "prefill 16", "decode 8"}
     assert all(x > 0 for times in found["seconds"].values() for x in times)
     assert 1 << 20 < found["peak_rss_bytes"] < 1 << 34
+
+
+def test_a_killed_benchmark_leaves_no_process() -> None:
+    """The worker ends in the midst of its work when the process that started it does."""
+    command = [sys.executable, "-m", "llaisys.bench.worker", "native", str(models.make_checkpoint("tiny")), "bf16", "1"]
+    with subprocess.Popen([*command, *["decode 2000"] * 1000], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as worker:
+        assert worker.stdin is not None
+        with pytest.raises(subprocess.TimeoutExpired):
+            worker.wait(2)
+        worker.stdin.close()
+        assert worker.wait(20) == 1
 
 
 def test_a_checkpoint_of_a_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -262,7 +262,12 @@ def _take_memory(nbytes: int) -> None:
 def _process(engine: str, folder: Path, dtype: str, threads: int, cases: list[str]) -> dict[str, Any]:
     command = [sys.executable, "-m", f"{__package__}.worker", engine, str(folder), dtype, str(threads), *cases]
     environment = {**os.environ, "LLAISYS_ISA": _lib.isa()}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    lives, kept = os.pipe()  # nothing is written: its end tells the worker that this process has ended
+    try:
+        done = subprocess.run(command, env=environment, stdin=lives, capture_output=True, text=True, check=False)
+    finally:
+        os.close(lives)
+        os.close(kept)
     if done.returncode:
         said = (done.stderr.strip() or "nothing").splitlines()[-1]
         raise InternalError(

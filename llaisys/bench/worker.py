@@ -1,14 +1,17 @@
 """One engine in a process of its own: `python -m llaisys.bench.worker ENGINE FOLDER DTYPE THREADS CASE...`.
 
 Loads the model, runs the cases ("load", "prefill 512", "decode 128") through `generate`, and prints one line of JSON:
-{"seconds": {case: times}, "peak_rss_bytes": n}. A time is that of a prompt until its first token, or of one token.
+{"seconds": {case: times}, "peak_rss_bytes": n}. A time is that of a prompt until its first token, or of one token. The
+process ends when stdin does: whoever started it holds the other end, and may be killed.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -106,8 +109,16 @@ def peak_rss() -> int:
     return int(match[1]) * 1024
 
 
+def end_with_stdin() -> None:
+    """Wait for the end of stdin, and end the process."""
+    while os.read(0, 1024):
+        pass
+    os._exit(1)
+
+
 def main() -> None:
     """The command line."""
+    threading.Thread(target=end_with_stdin, daemon=True).start()
     engine, folder, dtype, threads, *cases = sys.argv[1:]
     load = {"native": load_native, "transformers": load_transformers}[engine]
     generate, vocabulary, loading = load(folder, dtype, int(threads))
