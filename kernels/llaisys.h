@@ -88,7 +88,8 @@ LLAISYS_API int32_t llaisysNumThreads(void);
 LLAISYS_API int32_t llaisysMeasureRoof(const char *roof, double seconds, double *per_second);
 
 /* Called by long calls of this thread, on this thread, about every 50 ms; anything but 0 ends the call with
- * INTERRUPTED. NULL removes it. */
+ * INTERRUPTED. NULL removes it. The callback may make calls of its own, which are not interrupted; STATE if they need
+ * the session or the model that the long call is using. */
 typedef int32_t (*LlaisysInterrupt)(void *user);
 LLAISYS_API int32_t llaisysSetInterrupt(LlaisysInterrupt callback, void *user);
 

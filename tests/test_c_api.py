@@ -130,6 +130,41 @@ def test_infer_is_the_greedy_generate_of_python(model: Model) -> None:
     assert tokens == expected
 
 
+def test_infer_from_its_own_interrupt_callback() -> None:
+    """Refused where it would wait for itself; another model answers."""
+    model, other = Model(), Model()
+    for each in (model, other):
+        each.load_all()
+    tokens = [int(token) for token in np.random.default_rng(0).integers(0, CONFIG.vocab_size, 2000)]
+    expected, simple = model.infer(tokens), other.infer([1, 2, 3])
+    answers: list[tuple[int, str, int, int]] = []
+
+    def callback(_: int | None) -> int:
+        refused = model.infer([1, 2, 3])
+        said = _lib.last_error()
+        answers.append((refused, said, int(model.lib.llaisysQwen2ModelReset(model.handle)), other.infer([1, 2, 3])))
+        return 0
+
+    kept = _lib.InterruptCallback(callback)
+    before = llaisys.isa()
+    model.lib.llaisysSetInterrupt(kept, None)
+    try:
+        llaisys.set_isa("scalar")
+        slow = model.infer(tokens[1:])
+        llaisys.set_isa(before)
+        assert model.infer(tokens) == expected
+    finally:
+        llaisys.set_isa(before)
+        _lib.register_interrupt()
+    assert slow >= 0 and answers
+    for refused, said, reset, found in answers:
+        assert (refused, reset) == (STATE, STATE) and "in use" in said
+        assert found >= 0
+    assert other.infer([1, 2, 3]) == simple
+    model.destroy()
+    other.destroy()
+
+
 def test_infer_refuses(model: Model) -> None:
     missing = "model.layers.1.mlp.up_proj.weight"
     model.load_all(but=missing)

@@ -318,6 +318,27 @@ assert (y == 4096).all(); print("right")
     assert float(lines[3]) - float(lines[1]) > 0.5  # it went on for long
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_handler_may_call_operators(threads: int) -> None:
+    """In the midst of a call of the same one: neither takes the other's memory, and the inner one is not interrupted."""
+    code = f"""
+llaisys.set_num_threads({threads})
+x, rng = long(1), np.random.default_rng(0)
+inner = rng.standard_normal((516, 5000), np.float32), rng.standard_normal((20, 5000), np.float32)
+wanted, found = ops.linear(*inner), []
+signal.signal(signal.SIGALRM, lambda *_: found.append(ops.linear(*inner)))
+for _ in range(3):
+    before = len(found)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    y = ops.linear(x, w)
+    assert len(found) == before + 1
+    assert (y == 4096).all()
+    assert np.array_equal(found[-1], wanted)
+"""
+    done = run(LONG + code)
+    assert done.returncode == 0 and not done.stderr, done
+
+
 def test_ctrl_c_when_another_thread_loaded_the_library() -> None:
     load = "t = threading.Thread(target=llaisys.isas); t.start(); t.join(); assert llaisys._lib.PENDING\n"
     code = """

@@ -11,6 +11,7 @@
 #include <set>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__linux__)
@@ -39,6 +40,34 @@ int64_t coarse_clock() {
 #endif
 }
 
+struct Scratch {
+    void *data[SLOTS] = {};
+    size_t size[SLOTS] = {};
+    ~Scratch() {
+        for (void *p : data) std::free(p);
+    }
+};
+thread_local Scratch buffers;
+
+// For the calls that an interrupt callback makes in the midst of another one: buffers of their own, as those of the
+// thread are in use; and no callback, which would not be done with the last one.
+thread_local bool inside_callback = false;
+class Aside {
+public:
+    Aside() { change(); }
+    ~Aside() { change(); }
+    Aside(const Aside &) = delete;
+    Aside &operator=(const Aside &) = delete;
+
+private:
+    void change() {
+        inside_callback = !inside_callback;
+        std::swap(others_.data, buffers.data);
+        std::swap(others_.size, buffers.size);
+    }
+    Scratch others_;
+};
+
 struct Interrupt {
     LlaisysInterrupt callback = nullptr;
     void *user = nullptr;
@@ -47,10 +76,11 @@ struct Interrupt {
 thread_local Interrupt interrupt;
 
 bool interrupted() {
-    if (!interrupt.callback) return false;
+    if (!interrupt.callback || inside_callback) return false;
     const int64_t now = coarse_clock();
     if (now - interrupt.last < POLL_INTERVAL) return false;
     interrupt.last = now;
+    const Aside aside;
     return interrupt.callback(interrupt.user) != 0;
 }
 
@@ -294,15 +324,6 @@ int initial_threads() {
     }
     return cores();
 }
-
-struct Scratch {
-    void *data[SLOTS] = {};
-    size_t size[SLOTS] = {};
-    ~Scratch() {
-        for (void *p : data) std::free(p);
-    }
-};
-thread_local Scratch buffers;
 
 } // namespace
 

@@ -32,8 +32,30 @@ void check_count(const char *name, size_t count) {
     if (count > most) fail(LLAISYS_ERROR_INVALID_ARGUMENT, "%s: expected at most %zu, found %zu", name, most, count);
 }
 
+// The lock of a model's Infer. A call of it that an interrupt callback makes in the midst of another one is refused: it
+// would wait for itself.
+class InferLock {
+public:
+    explicit InferLock(Model &model) : model_(model), outer_(innermost_) {
+        for (const InferLock *lock = outer_; lock; lock = lock->outer_)
+            if (&lock->model_ == &model) fail(LLAISYS_ERROR_STATE, "the model is in use by a call of this thread");
+        lock_ = std::unique_lock(model.infer_mutex);
+        innermost_ = this;
+    }
+    ~InferLock() { innermost_ = outer_; }
+    InferLock(const InferLock &) = delete;
+    InferLock &operator=(const InferLock &) = delete;
+
+private:
+    Model &model_;
+    const InferLock *outer_;
+    std::unique_lock<std::mutex> lock_;
+    static thread_local const InferLock *innermost_;
+};
+thread_local const InferLock *InferLock::innermost_ = nullptr;
+
 int64_t infer(Model &model, const int64_t *tokens, size_t count) {
-    const std::lock_guard lock(model.infer_mutex);
+    const InferLock lock(model);
     if (!tokens || count == 0) fail(LLAISYS_ERROR_INVALID_ARGUMENT, "token_ids: expected at least one token");
     check_count("ntoken", count);
     model.seal();
@@ -102,7 +124,7 @@ int32_t llaisysQwen2ModelSetAttentionBias(LlaisysQwen2Model *model, int32_t has_
 int32_t llaisysQwen2ModelReset(LlaisysQwen2Model *model) {
     return guarded("Qwen2ModelReset", [&] {
         const auto m = models().get(model);
-        const std::lock_guard lock(m->infer_mutex);
+        const InferLock lock(*m);
         m->infer_tokens.clear();
         if (m->infer_session) m->infer_session->truncate(0);
     });
