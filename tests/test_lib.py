@@ -320,7 +320,7 @@ assert (y == 4096).all(); print("right")
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_handler_may_call_operators(threads: int) -> None:
-    """In the midst of a call of the same one: neither takes the other's memory, and the inner one is not interrupted."""
+    """In the midst of a call of the same one: neither takes the other's memory."""
     code = f"""
 llaisys.set_num_threads({threads})
 x, rng = long(1), np.random.default_rng(0)
