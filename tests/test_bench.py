@@ -17,9 +17,10 @@ import pytest
 import llaisys
 from llaisys import _lib
 from llaisys.bench import models, report
-from llaisys.bench.cases import Case, Repeating, Result, all_cases, inputs_of, run_case, samples
+from llaisys.bench.cases import LINE, Case, Repeating, Result, aligned, all_cases, inputs_of, run_case, samples
 from llaisys.bench.measure import copies_for, in_turns, installed, last_level_cache, rotating
 from llaisys.bench.roof import ROOFS, Roofs, measure_roofs
+from llaisys.dtypes import DataType
 from llaisys.reference import SPECS, check
 from llaisys.reference.spec import BenchCase
 from test_cli import at_terminal, environment, run
@@ -118,6 +119,18 @@ def test_repeating_values_are_normal_and_rows_differ() -> None:
     assert x.dtype == np.float32 and abs(x.mean()) < 0.01 and abs(x.std() - 1) < 0.01
     assert len(np.unique(x[:, 0])) > 2900
     assert rng.standard_normal(5, np.float32).shape == (5,)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (5,), (3, 7), (2, 0, 3), (4, 3, 5)])
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "i64"])
+def test_aligned_copies(shape: tuple[int, ...], dtype: str) -> None:
+    array = np.arange(math.prod(shape)).reshape(shape).astype(DataType.of_name(dtype).numpy)
+    for source in (array, array.T, array.swapaxes(0, -1)) if shape else (array,):
+        copy = aligned(source)
+        assert copy.dtype == source.dtype and np.array_equal(copy, source)
+        assert not np.shares_memory(copy, source)
+        assert not copy.size or copy.ctypes.data % LINE == 0
+        assert copy.size < 2 or copy.strides == source.strides
 
 
 def test_samples_are_of_the_whole_output() -> None:

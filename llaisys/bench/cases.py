@@ -26,6 +26,8 @@ from .roof import Roofs
 IMPLEMENTATIONS = ("native", "torch", "numpy")
 #: Inputs that a model finds in memory and not in a cache.
 COLD = {"linear": {"weight"}, "self_attention": {"k", "v"}, "rope_self_attention": {"k", "v"}}
+#: Bytes of a cache line.
+LINE = 64
 
 #: Index into an output (None: all of it), and the inputs of a call that gives just that.
 Sample = tuple[Any, dict[str, Any]]
@@ -192,15 +194,34 @@ def inputs_of(case: Case) -> dict[str, Any]:
     return values
 
 
+def aligned(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """A copy in the same order in memory that begins with a cache line, as the memory of engines and of torch does.
+
+    Large arrays of numpy begin 16 bytes behind one: linear then took 750 us in place of 670 for 16 rows of bf16.
+    """
+    order = sorted(range(array.ndim), key=lambda axis: -array.strides[axis])
+    memory = np.empty(array.nbytes + LINE, np.uint8)
+    start = -memory.ctypes.data % LINE
+    rows = memory[start : start + array.nbytes].view(array.dtype).reshape([array.shape[axis] for axis in order])
+    copy = rows.transpose(np.argsort(order))
+    copy[...] = array
+    return copy
+
+
+def _outputs(case: Case) -> tuple[np.ndarray[Any, Any], ...]:
+    return tuple(map(aligned, empty_outputs(case.spec, case.dims, FLOATS[case.dtype]).values()))
+
+
 def calls_of(case: Case, values: dict[str, Any]) -> dict[str, Call]:
     """The implementations, as functions without arguments."""
     spec = case.spec
     cold = COLD.get(spec.name, set())
     copies = copies_for(sum(values[name].nbytes for name in cold)) if cold else 1
-    sets = [values, *({**values, **{name: values[name].copy() for name in cold}} for _ in range(copies - 1))]
+    values = {name: aligned(value) if isinstance(value, np.ndarray) else value for name, value in values.items()}
+    sets = [values, *({**values, **{name: aligned(values[name]) for name in cold}} for _ in range(copies - 1))]
     names = [arg.name for arg in spec.inputs_args] + [scalar.name for scalar in spec.scalars]
     arguments = [tuple(some[name] for name in names) for some in sets]
-    outputs = tuple(empty_outputs(spec, case.dims, FLOATS[case.dtype]).values())
+    outputs = _outputs(case)
     native = getattr(ops, spec.name)
     calls = {"native": rotating(native, arguments, out=outputs if len(outputs) > 1 else outputs[0])}
     if installed("torch"):
@@ -208,8 +229,8 @@ def calls_of(case: Case, values: dict[str, Any]) -> dict[str, Call]:
 
         if spec.name in peers.PEERS:
             tensors = [tuple(map(peers.tensor, some)) for some in arguments]
-            outputs = tuple(empty_outputs(spec, case.dims, FLOATS[case.dtype]).values())
-            calls["torch"] = rotating(peers.PEERS[spec.name], tensors, out=tuple(map(peers.tensor, outputs)))
+            outputs = tuple(map(peers.tensor, _outputs(case)))
+            calls["torch"] = rotating(peers.PEERS[spec.name], tensors, out=outputs)
     calls["numpy"] = rotating(spec.twin, arguments)
     return calls
 
