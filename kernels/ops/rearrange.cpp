@@ -6,7 +6,7 @@ namespace llaisys {
 // Rows and columns of a tile.
 [[maybe_unused]] constexpr int64_t EDGE = 16;
 
-// The axes of both tensors, merged where both allow. Pieces that are contiguous in both are copied whole; the last two
+// The axes of both tensors, merged where both allow. Pieces that are contiguous in both are copied whole; two of the
 // axes that are left are a plane of pieces, and the others are counted out by the caller. Strides in bytes; missing
 // axes have size 1.
 struct RearrangeArgs {
