@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from llaisys.bench.models import DECODE, ENGINES, PREFILL, SIZES, cases_of, run_model
+from llaisys.bench.models import COMPARED, DECODE, PREFILL, SIZES, cases_of, run_model
 from llaisys.bench.roof import Roofs
 from llaisys.reference import FLOATS
 from replay import measured_in_turns, replay
@@ -29,7 +29,7 @@ CASES = [*(f"prefill {n}" for n in PREFILL), *(f"decode {n}" for n in DECODE), "
         for size in SIZES
         for dtype in FLOATS
         for case in CASES
-        for engine in ENGINES
+        for engine in COMPARED
     ],
 )
 def test_model(benchmark: BenchmarkFixture, roofs: Roofs, size: str, dtype: str, case: str, engine: str) -> None:

@@ -1,7 +1,7 @@
-"""Whole models beside transformers: prefill, decode, loading and memory, each engine in processes of its own.
+"""Whole models beside transformers and other engines: prefill, decode, loading and memory.
 
-The checkpoints have the shapes of Qwen2 and random weights; they are made once, in a folder of the user's cache. The
-processes of the engines take turns, so that both meet the same state of the machine.
+The checkpoints have the shapes of Qwen2 and random weights; they are made once, in a folder of the user's cache. Each
+engine runs in processes of its own, which take turns, so that all meet the same state of the machine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from ..reference import FLOATS
 from ..reference.ops.self_attention import visible_pairs
 from ..reference.spec import QWEN2_SIZES
 from .cases import Repeating
-from .measure import installed, last_level_cache
+from .engines import ENGINES, cache_folder
+from .measure import last_level_cache
 from .roof import Roofs
 
 PREFILL = (128, 512, 2048)
@@ -36,7 +37,8 @@ DECODE = (128, 2048)
 #: Tokens that are decoded after each of DECODE.
 NEW_TOKENS = 24
 SIZES = ("tiny", *QWEN2_SIZES)
-ENGINES = ("native", "transformers")
+#: The engines that are compared unless others are named.
+COMPARED = ("native", "transformers")
 _LAYERS = {"0.5B": 24, "1.5B": 28}
 _TIED = {"0.5B": True, "1.5B": False}
 _SHARD_LAYERS = 6
@@ -47,11 +49,6 @@ def say_nothing(text: str) -> None:
 
 
 # ------------------------------------------------------------- checkpoints
-
-
-def cache_folder() -> Path:
-    """Where the checkpoints are kept: llaisys/bench in the user's cache, which XDG_CACHE_HOME names."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llaisys" / "bench"
 
 
 def config_of(size: str) -> dict[str, Any]:
@@ -190,8 +187,9 @@ class ModelRuns:
             tokens = int(count)
             row |= {"phase": what, "tokens_per_second": (tokens if what == "prefill" else 1) / seconds}
             row |= self._shares(what, tokens, seconds, roofs)
-        if engine != "transformers" and "transformers" in self.processes:
-            row["speed_relative_to_transformers"] = median(self.times("transformers", case)) / seconds
+        for other in self.processes if engine == "native" else ():
+            if other != engine:
+                row[f"speed_relative_to_{other}"] = median(self.times(other, case)) / seconds
         return row
 
     def _kv(self, tokens: int) -> int:
@@ -232,12 +230,22 @@ def cases_of(config: Qwen2Config) -> list[str]:
 
 @cache
 def run_model(
-    size: str, dtype: str, threads: int, rounds: int = 3, say: Callable[[str], None] = say_nothing
+    size: str,
+    dtype: str,
+    threads: int,
+    rounds: int = 3,
+    say: Callable[[str], None] = say_nothing,
+    engines: tuple[str, ...] = COMPARED,
 ) -> ModelRuns:
-    """Run the processes of both engines in turns, `rounds` of each; without transformers, of the native one alone."""
+    """Run the processes of the engines in turns, `rounds` of each. Those that are not installed, or do not take such a
+    model, are left out."""
     folder = make_checkpoint(size, say)
-    engines = ENGINES if installed("torch") and installed("transformers") else ENGINES[:1]
     config = Checkpoint.open(folder).config
+    engines = tuple(name for name in engines if ENGINES[name].installed and ENGINES[name].takes(config))
+    for engine in engines:
+        if ENGINES[engine].convert is not None:
+            say(f"model {size} {dtype}: converting it for {engine}")
+            _process(engine, folder, dtype, threads, [])
     for path in folder.glob("*.safetensors"):  # once from the disk, so that all find it in the page cache
         with path.open("rb", buffering=0) as file:
             while file.read(1 << 24):
@@ -273,12 +281,17 @@ def _process(engine: str, folder: Path, dtype: str, threads: int, cases: list[st
         raise InternalError(
             f"model {folder.name}: {engine}: expected figures, found exit status {done.returncode}: {said}"
         )
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    return dict(json.loads(done.stdout.splitlines()[-1])) if cases else {}
 
 
 def measure_model(
-    size: str, dtype: str, roofs: Roofs, rounds: int, say: Callable[[str], None] = say_nothing
+    size: str,
+    dtype: str,
+    roofs: Roofs,
+    rounds: int,
+    say: Callable[[str], None] = say_nothing,
+    engines: tuple[str, ...] = COMPARED,
 ) -> list[dict[str, Any]]:
     """The rows of a model in a dtype: every case, with every engine."""
-    runs = run_model(size, dtype, roofs.threads, rounds, say)
+    runs = run_model(size, dtype, roofs.threads, rounds, say, engines)
     return [runs.row(engine, case, roofs) for case in cases_of(runs.config) for engine in runs.processes]

@@ -30,12 +30,14 @@ Row = dict[str, Any]
 LOAD = os.getloadavg()[0]
 BUSY = 0.5
 DTYPES = ("f32", "f16", "bf16")
+#: What is measured beside the kernels and the engine.
+PACKAGES = ("numpy", "torch", "transformers", "openvino", "llama_cpp_python")
 
 
 def machine(roofs: Roofs) -> dict[str, Any]:
     """What the figures depend on."""
     versions: dict[str, str | None] = {}
-    for name in ("numpy", "torch", "transformers"):
+    for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -169,25 +171,27 @@ def _means(rows: list[Row]) -> Figures:
 
 
 def _models(rows: list[Row]) -> Figures:
-    """One line for each figure of a model: the engine and transformers side by side."""
+    """One line for each figure of a model: the engine and others side by side."""
     cases: dict[tuple[str, str, str], dict[str, Row]] = {}
     for row in rows:
         cases.setdefault((row["model"], row["dtype"], row["case"]), {})[row["implementation"]] = row
+    others = list(dict.fromkeys(row["implementation"] for row in rows if row["implementation"] != "native"))
     lines = []
     for (model, dtype, case), found in cases.items():
-        native, other = found.get("native", {}), found.get("transformers", {})
+        native = found.get("native", {})
         for what, key in (("tok/s", "tokens_per_second"), ("s", "load_seconds"), ("GiB", "peak_rss_gib")):
-            if key not in (native or other):
+            if not any(key in row for row in found.values()):
                 continue
             title = "peak RSS" if key == "peak_rss_gib" else case
             digits = 1 if key == "tokens_per_second" else 2
-            ratio = native.get("speed_relative_to_transformers") if key != "peak_rss_gib" else None
+            values = [_number(found.get(engine, {}).get(key), digits) for engine in ("native", *others)]
+            ratios = [x for name, x in native.items() if name.startswith("speed_relative_to_")]
+            ratio = min(ratios) if ratios and key != "peak_rss_gib" else None
             share = _share(native)
             if key == "peak_rss_gib" and native:
                 share = f"{native['rss_limit_percent']:.0f}% limit"
-            values = [_number(native.get(key), digits), _number(other.get(key), digits), _number(ratio, 2)]
-            lines.append([f"{model} {title}, {what}", dtype, *values, share])
-    return Figures("models", ["", "dtype", "native", "transformers", "x", "of the roof"], lines)
+            lines.append([f"{model} {title}, {what}", dtype, *values, _number(ratio, 2), share])
+    return Figures("models", ["", "dtype", "native", *others, "x", "of the roof"], lines)
 
 
 def _number(value: float | None, digits: int = 1) -> str:
@@ -204,7 +208,7 @@ def _share(row: Row) -> str:
 def heading(data: dict[str, Any]) -> str:
     """Machine, tier, threads and versions, in a sentence."""
     facts = data["machine"]
-    versions = (f"{name} {facts[name]}" for name in ("numpy", "torch", "transformers") if facts.get(name))
+    versions = (f"{name} {facts[name]}" for name in PACKAGES if facts.get(name))
     where = f"llaisys {data['llaisys']} on {facts['cpu']}: {facts['isa']}, {_threads(facts['threads'])}"
     return "; ".join([where, ", ".join(versions)])
 
@@ -219,8 +223,8 @@ def notes(data: dict[str, Any]) -> Iterator[str]:
         )
     if any(row["op"] == "model" for row in data["rows"]):
         yield (
-            "Models: whole processes in turns. Decode: tokens after that many. The limit of the peak RSS is "
-            "1.05 x weights + KV cache + 150 MiB."
+            "Models: whole processes in turns. Decode: tokens after that many. x: how many times as fast as the "
+            "fastest of the others. The limit of the peak RSS is 1.05 x weights + KV cache + 150 MiB."
         )
     if data["machine"]["load_before"] > BUSY:
         load = data["machine"]["load_before"]

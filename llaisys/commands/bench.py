@@ -46,6 +46,14 @@ def bench(
         list[Size] | None,
         typer.Option(help="Shapes of bench model, one option each; 1.5B writes 3.6 GB.", show_default="tiny and 0.5B"),
     ] = None,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Beside the native one in bench model: transformers, openvino or llama.cpp, one option each.",
+            show_default="transformers if installed",
+        ),
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Processes of each engine in bench model.")] = 3,
     isa: Annotated[Isa | None, typer.Option(help="Instruction set tier.", show_default="best of the machine")] = None,
     threads: Annotated[
@@ -86,7 +94,8 @@ def bench(
         data = report.read(saved)
     else:
         dtypes = [x.value for x in dtype or ()]
-        data = _measure(what or [], dtypes, phase, [x.value for x in size or ()], rounds, isa, threads)
+        sizes = [x.value for x in size or ()]
+        data = _measure(what or [], dtypes, phase, sizes, engine or [], rounds, isa, threads)
     if json_file is not None:
         _write(json_file, data)
     if plot is not None:
@@ -102,6 +111,7 @@ def _measure(
     dtypes: list[str],
     phase: Phase | None,
     sizes: list[str],
+    engines: list[str],
     rounds: int,
     isa: Isa | None,
     threads: int | None,
@@ -117,6 +127,13 @@ def _measure(
     for name in names:
         if not all_cases([name]):
             raise typer.BadParameter(f"expected an operator or {MODEL}, found {name!r}", param_hint="OP")
+    if MODEL in what:
+        from ..bench.engines import chosen
+        from ..bench.models import COMPARED, measure_model
+
+        compared = chosen(engines) if engines else COMPARED
+    elif engines:
+        raise typer.BadParameter(f"expected {MODEL} among the names, found {what}", param_hint="--engine")
     if isa is not None:
         set_isa(isa.value)
     if threads is not None:
@@ -129,11 +146,9 @@ def _measure(
         roofs = known_roofs(num_threads())
         rows += _operators(cases, roofs, progress)
         if MODEL in what:
-            from ..bench.models import measure_model
-
             for size in sizes or ["tiny", "0.5B"]:
                 for dtype in dtypes or ["bf16"]:
-                    rows += measure_model(size, dtype, roofs, rounds, progress.show)
+                    rows += measure_model(size, dtype, roofs, rounds, progress.show, compared)
     return report.document(roofs, rows)
 
 
