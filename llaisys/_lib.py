@@ -168,6 +168,12 @@ def library_path() -> tuple[Path, bool]:
     return _files.enter_context(importlib.resources.as_file(resource)), False
 
 
+def header_folder() -> Path:
+    """The folder of llaisys.h."""
+    # In an editable installation the header lies elsewhere than the package, hence by its own name.
+    return Path(str(importlib.resources.files(__package__).joinpath("include/llaisys.h"))).parent
+
+
 def _load() -> tuple[ctypes.CDLL, LibraryInfo]:
     path, overridden = library_path()
     whose = f"the library that {OVERRIDE} names" if overridden else "the library of this package"
@@ -202,17 +208,33 @@ def _load() -> tuple[ctypes.CDLL, LibraryInfo]:
     from .reference import SPECS
 
     for spec in SPECS.values():
-        scalars = (_SCALARS[scalar.dtype] for scalar in spec.scalars)
-        _function(lib, path, spec.c_name, c_int32, (*(POINTER(LlaisysTensor) for _ in spec.args), *scalars))
+        _function(lib, path, spec.c_name, c_int32, operator_types(spec, POINTER(LlaisysTensor)))
     return lib, info
 
 
-def operator_by_address(spec: Spec) -> Any:
-    """The C entry of an operator, its tensors given as addresses of structs: half as long a call as with pointers."""
-    declared, function = getattr(library(), spec.c_name), library()[spec.c_name]
-    function.restype = declared.restype
-    function.argtypes = (*(c_void_p for _ in spec.args), *declared.argtypes[len(spec.args) :])
+def operator_types(spec: Spec, tensor: Any) -> tuple[Any, ...]:
+    """The parameters of an operator's C entry, its tensors given as `tensor`."""
+    return (*(tensor for _ in spec.args), *(_SCALARS[scalar.dtype] for scalar in spec.scalars))
+
+
+def operator_by_address(spec: Spec, lib: ctypes.CDLL | None = None) -> Any:
+    """The C entry of an operator, in the library or another one, its tensors given as addresses of structs: half as
+    long a call as with pointers."""
+    function = (library() if lib is None else lib)[spec.c_name]
+    function.restype, function.argtypes = c_int32, operator_types(spec, c_void_p)
     return function
+
+
+def operator_of_file(spec: Spec, path: str | os.PathLike[str]) -> Any:
+    """The C entry of an operator in another library, which is loaded; its tensors are given as addresses. LibraryError
+    if it cannot be loaded, or has no such function."""
+    library()  # first, as the other one may be linked with it
+    try:
+        return operator_by_address(spec, ctypes.CDLL(str(Path(path).absolute())))
+    except OSError as error:
+        raise LibraryError(f"{path} cannot be loaded: expected a shared library, found: {error}") from None
+    except AttributeError:
+        raise LibraryError(f"{path}: expected the function {spec.c_prototype} found no {spec.c_name}") from None
 
 
 def _function(lib: ctypes.CDLL, path: Path, name: str, restype: Any, argtypes: tuple[Any, ...]) -> Any:

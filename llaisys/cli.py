@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,6 +14,7 @@ from .commands.doctor import doctor
 from .commands.generate import generate
 from .commands.replay import replay
 from .commands.selftest import selftest
+from .commands.trial import trial
 
 __all__ = ["app", "main"]
 
@@ -44,16 +44,13 @@ def _version(wanted: bool) -> None:
 
 def _compiler_flags(cflags: bool, libs: bool) -> str:
     """What a C compiler needs to find llaisys.h, and to link with the library and find it when the program runs."""
-    import importlib.resources
     import shlex
 
-    from ._lib import library_path
+    from ._lib import header_folder, library_path
 
     flags: list[str] = []
     if cflags:
-        # In an editable installation the header lies elsewhere than the package, hence by its own name.
-        header = importlib.resources.files(__package__).joinpath("include/llaisys.h")
-        flags.append(f"-I{Path(str(header)).parent}")
+        flags.append(f"-I{header_folder()}")
     if libs:
         folder = library_path()[0].parent
         flags += [f"-L{folder}", f"-Wl,-rpath,{folder}", "-lllaisys"]
@@ -91,6 +88,7 @@ app.command()(selftest)
 app.command()(check)
 app.command()(replay)
 app.command()(bench)
+app.command(name="try")(trial)
 
 
 if __name__ == "__main__":

@@ -15,17 +15,19 @@ import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import connection, get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from ._lib import operator_of_file
 from .certify import Local, certify
 from .errors import InternalError, InvalidArgumentError, LibraryError, LlaisysError
-from .harness import LAYOUTS, POISONS, THREADS, Array, Guarded, KernelFault, run, same_bits, using
+from .harness import LAYOUTS, POISONS, THREADS, Array, Guarded, KernelFault, Refusal, replaced, run, same_bits, using
 from .reference import SPECS, Oracle, Spec, check
 from .reference.numerics import f32
 from .reference.spec import arg_dtype, calls, dims_label, shape_letters
@@ -40,7 +42,8 @@ ROWS, REPEATS = 3, 3
 
 @dataclass(frozen=True)
 class Result:
-    """The outcome of one case: a `Local`, and what else was found wrong ("" if nothing)."""
+    """The outcome of one case: a `Local`, and what else was found wrong ("" if nothing). Of a kernel of somebody's own
+    also how it refused the call ("" if it took it), and the other ways to make the call that it refused."""
 
     op: str
     dtype: str
@@ -49,16 +52,18 @@ class Result:
     local: Local
     message: str = ""
     file: str = ""
+    refused: str = ""
+    variants_refused: tuple[str, ...] = ()
 
     @property
     def outcome(self) -> str:
-        """ "pass", "fault" or "suspect"."""
-        return "fault" if self.message else self.local.outcome
+        """ "pass", "fault", "suspect" or "refused"."""
+        return "fault" if self.message else "refused" if self.refused else self.local.outcome
 
     @property
     def text(self) -> str:
         """What is wrong, in one line."""
-        return self.message or self.local.reason
+        return self.message or self.refused or self.local.reason
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -77,18 +82,35 @@ def _plain(value: Any) -> Any:
 # ------------------------------------------------------------------- cases
 
 
+class Work(Protocol):
+    """What `in_processes` does case by case: tier, label, and what to call for the result of each."""
+
+    @property
+    def op(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    def cases(self) -> Iterator[tuple[str, str, Callable[[], Any]]]: ...
+
+
 @dataclass(frozen=True)
 class Job:
-    """All cases of one operator in one storage dtype."""
+    """All cases of one operator in one storage dtype; of the C entry in `kernel`, another library, if one is named."""
 
     op: str
     dtype: str
     isas: tuple[str, ...]
     threads: tuple[int, ...]
     save: str | None = None
+    kernel: str | None = None
 
     def cases(self) -> Iterator[tuple[str, str, Callable[[], Result]]]:
         """Tier, label, and what to call for the result."""
+        with ExitStack() as stack:
+            if self.kernel is not None:
+                stack.enter_context(replaced(SPECS[self.op], operator_of_file(SPECS[self.op], self.kernel)))
+            yield from self._cases()
+
+    def _cases(self) -> Iterator[tuple[str, str, Callable[[], Result]]]:
         spec = SPECS[self.op]
         exact = {probe.label for probe in spec.probes if probe.exact}
         for number, (label, _, values) in enumerate(calls(spec, self.dtype)):
@@ -103,16 +125,18 @@ class Job:
     def examine(self, isa: str, label: str, values: Mapping[str, Any], exact: bool, number: int) -> Result:
         """One case of the SPEC."""
         spec, outputs = SPECS[self.op], None
-        local = Local("pass")
+        local, refused = Local("pass"), list[str]()
         try:
             with using(isa, self.threads[0]):
                 outputs = run(spec, values, "the call", allocate=Guarded())
                 local = self.certify(values, outputs, exact)
                 if local.outcome == "pass":
-                    self.variants(spec, values, outputs, number)
+                    refused = self.variants(spec, values, outputs, number)
+        except Refusal as refusal:
+            return Result(self.op, self.dtype, isa, label, local, refused=str(refusal))
         except KernelFault as fault:
             return self.result(isa, label, values, outputs, local, str(fault))
-        return self.result(isa, label, values, outputs, local)
+        return replace(self.result(isa, label, values, outputs, local), variants_refused=tuple(refused))
 
     def certify(self, values: Mapping[str, Any], outputs: Sequence[Array], exact: bool = False) -> Local:
         """`certify` of named values; of an `exact` probe the oracle is right to the last bit."""
@@ -135,19 +159,24 @@ class Job:
                     local = replace(local, index=verdict.index, got=verdict.got, expected=verdict.expected)
         return local
 
-    def variants(self, spec: Spec, values: Mapping[str, Any], outputs: Sequence[Array], number: int) -> None:
-        """Other ways to make the call, which must give the same bits. KernelFault if one does not."""
+    def variants(self, spec: Spec, values: Mapping[str, Any], outputs: Sequence[Array], number: int) -> list[str]:
+        """Other ways to make the call, which must give the same bits: KernelFault if one does not. Returned is what a
+        kernel of somebody's own does not take."""
+        refused: list[str] = []
         for i, layout in enumerate(LAYOUTS):
-            with using(threads=self.threads[(number + i) % len(self.threads)]):
-                found = run(spec, values, f"layout {layout}", layout, Guarded(at_start=True), POISONS[1 - i % 2])
-            _same(spec, f"layout {layout}", found, outputs)
+            title, poison = f"layout {layout}", POISONS[1 - i % 2]
+            with _noting(refused), using(threads=self.threads[(number + i) % len(self.threads)]):
+                _same(spec, title, run(spec, values, title, layout, Guarded(at_start=True), poison), outputs)
         for out in spec.outputs:
             for source in out.may_alias:
                 title = f"{out.name} in the memory of {source}"
-                _same(spec, title, run(spec, values, title, in_place={out.name: source}), outputs)
+                with _noting(refused):
+                    _same(spec, title, run(spec, values, title, in_place={out.name: source}), outputs)
         for row, alone in _rows(spec, values, outputs):
             title = f"row {row} alone"
-            _same(spec, title, run(spec, alone, title), [x[row : row + 1] for x in outputs])
+            with _noting(refused):
+                _same(spec, title, run(spec, alone, title), [x[row : row + 1] for x in outputs])
+        return refused
 
     def share(self, isa: str, values: Mapping[str, Any]) -> Result:
         """A call that is large enough for several threads: certified, and the same bits for any number of them."""
@@ -163,6 +192,8 @@ class Job:
                         if first is None:
                             first, local = outputs, self.certify(values, outputs)
                         _same(spec, title, outputs, first)
+        except Refusal as refusal:
+            return Result(self.op, self.dtype, isa, label, local, refused=str(refusal))
         except KernelFault as fault:
             return self.result(isa, label, values, first, local, str(fault))
         return self.result(isa, label, values, first, local)
@@ -191,6 +222,14 @@ class Job:
         )
         save_case(file, case)
         return replace(result, file=str(file))
+
+
+@contextmanager
+def _noting(refused: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except Refusal as refusal:
+        refused.append(str(refusal))
 
 
 def _same(spec: Spec, title: str, found: Sequence[Array], expected: Sequence[Array]) -> None:
@@ -225,7 +264,7 @@ def _rows(spec: Spec, values: Mapping[str, Any], outputs: Sequence[Array]) -> It
 # --------------------------------------------------------------- processes
 
 
-def _work(job: Job, skip: int, pipe: connection.Connection) -> None:
+def _work(job: Work, skip: int, pipe: connection.Connection) -> None:
     """In a process of its own: ("begin", number, tier, label) and ("end", result) for each case, and ("done",)."""
     faulthandler.disable()  # what a crash is to be told, the parent tells
     try:
@@ -240,7 +279,7 @@ def _work(job: Job, skip: int, pipe: connection.Connection) -> None:
 
 @dataclass
 class _Worker:
-    job: Job
+    job: Work
     process: Any
     pipe: connection.Connection
     crashes: int = 0
@@ -250,7 +289,7 @@ class _Worker:
     since: float = 0.0
 
 
-def _start(job: Job, skip: int, crashes: int = 0) -> _Worker:
+def _start(job: Work, skip: int, crashes: int = 0) -> _Worker:
     context = get_context("fork")  # so that every case starts with what is loaded already
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(job, skip, there), daemon=True)
@@ -263,7 +302,13 @@ def _start(job: Job, skip: int, crashes: int = 0) -> _Worker:
 
 def conformance(jobs: Sequence[Job], workers: int = 2, timeout: float = TIMEOUT) -> Iterator[Result]:
     """The results of all cases of `jobs`, as they come, from `workers` processes at a time."""
-    waiting, active = deque(jobs), list[_Worker]()
+    return in_processes(jobs, workers, timeout)
+
+
+def in_processes(jobs: Sequence[Work], workers: int = 2, timeout: float = TIMEOUT) -> Iterator[Any]:
+    """What the cases of `jobs` give, as it comes, from `workers` processes at a time; for a case that kills its process
+    or does not end within `timeout` seconds a `Result` that says so."""
+    waiting, active = deque[Work](jobs), list[_Worker]()
     try:
         while waiting or active:
             while waiting and len(active) < workers:
@@ -281,7 +326,7 @@ def conformance(jobs: Sequence[Job], workers: int = 2, timeout: float = TIMEOUT)
             worker.process.join()
 
 
-def _receive(worker: _Worker, active: list[_Worker]) -> Iterator[Result]:
+def _receive(worker: _Worker, active: list[_Worker]) -> Iterator[Any]:
     try:
         message = worker.pipe.recv()
     except (EOFError, OSError):

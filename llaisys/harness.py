@@ -37,6 +37,26 @@ class KernelFault(LlaisysError, AssertionError):
     """A kernel refused a valid call, or wrote to what is not its own."""
 
 
+class Refusal(KernelFault):
+    """A kernel of somebody's own says that it does not take such a call."""
+
+
+#: C entries in place of those of the library, by name.
+_entries: dict[str, Any] = {}
+#: Statuses with which such an entry says that it does not take a call.
+_REFUSALS = ("UNSUPPORTED", "DTYPE", "SHAPE", "STRIDE", "ALIAS")
+
+
+@contextmanager
+def replaced(spec: Spec, entry: Any) -> Iterator[None]:
+    """Calls of the operator inside go to `entry`, a function of ctypes that takes addresses."""
+    _entries[spec.c_name] = entry
+    try:
+        yield
+    finally:
+        del _entries[spec.c_name]
+
+
 # ------------------------------------------------------------------- settings
 
 
@@ -152,8 +172,13 @@ def invoke(spec: Spec, values: Mapping[str, Any]) -> tuple[str, str]:
     """One call of the C entry: name of the status, text of the error. Values are arrays, C views, None and scalars."""
     views = {a.name: values.get(a.name) for a in spec.args}
     views = {name: tensor(x) if isinstance(x, np.ndarray) else x for name, x in views.items()}
+    scalars = [values[s.name] for s in spec.scalars]
+    entry = _entries.get(spec.c_name)
+    if entry is not None:
+        status = entry(*(None if x is None else ctypes.addressof(x) for x in views.values()), *scalars)
+        return _lib.library().llaisysStatusName(status).decode(), f"status {status}" if status else ""
     pointers = [None if x is None else ctypes.byref(x) for x in views.values()]
-    status = getattr(_lib.library(), spec.c_name)(*pointers, *(values[s.name] for s in spec.scalars))
+    status = getattr(_lib.library(), spec.c_name)(*pointers, *scalars)
     return _lib.library().llaisysStatusName(status).decode(), _lib.last_error() if status else ""
 
 
@@ -173,7 +198,8 @@ def run(
 ) -> tuple[Array, ...]:
     """The outputs of one call, contiguous. `in_place` maps outputs to the inputs whose memory they take.
 
-    KernelFault, whose text begins with `where`, if the call fails or writes to anything but the outputs.
+    KernelFault, whose text begins with `where`, if the call fails or writes to anything but the outputs; Refusal if the
+    operator is `replaced` and its entry does not take the call.
     """
     in_place = in_place or {}
     arrays = {a.name: x for a in spec.inputs_args if (x := values[a.name]) is not None}
@@ -185,6 +211,8 @@ def run(
         else:
             placed[arg.name] = place(np.broadcast_to(np.zeros((), dtype), shape), arg, layout, allocate, poison)
     status, text = invoke(spec, {**values, **{name: view for name, (view, _) in placed.items()}})
+    if spec.c_name in _entries and status in _REFUSALS:
+        raise Refusal(f"{where}: {status}")
     _demand(status == "OK", f"{where}: {status}: {text}")
     for name, old in before.items():
         _demand(placed[name][1].tobytes() == old.tobytes(), f"{where}: the input {name} was written to")

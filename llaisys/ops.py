@@ -68,12 +68,18 @@ class _Plan:
 
 
 class _Operator:
-    """One operator: its SPEC, and the plans of the calls seen so far."""
+    """One operator: its SPEC, and the plans of the calls seen so far. `entry` gives its C entry, `check` raises the
+    error of a status."""
 
-    def __init__(self, spec: Spec) -> None:
+    def __init__(
+        self,
+        spec: Spec,
+        entry: Callable[[Spec], Any] = _lib.operator_by_address,
+        check: Callable[[int], Any] = _lib.check_call,
+    ) -> None:
         if spec.args[: len(spec.outputs)] != spec.outputs:
             raise ValueError(f"{spec.name}: a SPEC lists its outputs first")
-        self.spec = spec
+        self.spec, self.entry, self.check = spec, entry, check
         self.name = spec.name
         self.outputs, self.inputs = spec.outputs, spec.inputs_args
         self.parameters = [a.name for a in self.inputs] + [s.name for s in spec.scalars]
@@ -132,7 +138,7 @@ class _Operator:
         outputs = kinds[:given] if given else [result_kind] * len(self.outputs)
         # Fresh outputs need no check.
         addresses = [k.output_address if given else k.address for k in outputs if k is not None] + addresses
-        function = _lib.operator_by_address(self.spec)
+        function = self.entry(self.spec)
         plan = _Plan(function, layouts, addresses, [(result_kind.empty, shape, native) for shape, native in fresh])
         if len(self.plans) >= _MOST_PLANS:
             self.plans.clear()
@@ -242,7 +248,7 @@ class _Operator:
         """The public function, with the signature and the documentation of the SPEC."""
         spec, plans, single, result = self.spec, self.plans, len(self.outputs) == 1, self.result
         ninputs, nparameters, noutputs = len(self.inputs), len(self.parameters), len(self.outputs)
-        ndarray, bind = np.ndarray, self.bind
+        ndarray, bind, check = np.ndarray, self.bind, self.check
 
         def operator(*args: Any, out: Any = None, **kwargs: Any) -> Any:
             if kwargs or len(args) != nparameters:
@@ -288,7 +294,7 @@ class _Operator:
                 raise self.explain(error, tensors, args[ninputs:]) from None
             plan.frames.append((structs, pointers))
             if status or KEPT:
-                _lib.check_call(status)
+                check(status)
             return tensors[0] if single else result(*tensors[:noutputs])
 
         operator.__name__ = operator.__qualname__ = spec.name
@@ -305,6 +311,11 @@ class _Operator:
             for name in self.parameters
         ]
         return inspect.Signature([*parameters, parameter("out", parameter.KEYWORD_ONLY, default=None)])
+
+
+def operator_of(spec: Spec, entry: Callable[[Spec], Any], check: Callable[[int], Any]) -> Callable[..., Any]:
+    """The function that this module would have if `entry` gave the C entry of the operator, and `check` its errors."""
+    return _Operator(spec, entry, check).function()
 
 
 def _nothing(x: None) -> None:

@@ -142,7 +142,7 @@ def test_a_process(engine: str, dtype: str, cache: Path, folder: Path) -> None:
     assert len(list(cache.glob("small.*"))) == (engine != "transformers")
     found = models._process(engine, folder, dtype, 1, ["prefill 16", "decode 8"])
     assert set(found["seconds"]) == {"load", "prefill 16", "decode 8"}
-    # Without the prompt and the two first tokens there is a token less than were generated, and a time less than tokens.
+    # The prompt and the first token do not count, and between the others there is a time less than tokens.
     assert len(found["seconds"]["decode 8"]) % (models.NEW_TOKENS - 2) == 0 and found["seconds"]["prefill 16"]
 
 

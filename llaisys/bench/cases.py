@@ -8,9 +8,10 @@ the caches. Results go to tensors that exist, where the implementation takes one
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -116,8 +117,9 @@ class Result:
             "compute_roof_percent": 100 * compute,
             "worst_ratio_to_bound": self.worst[implementation],
         }
-        if implementation != "torch" and "torch" in self.times:
-            row["speed_relative_to_torch"] = self.seconds("torch") / seconds
+        for other in ("torch", "native") if implementation not in IMPLEMENTATIONS else ("torch",):
+            if other != implementation and other in self.times:
+                row[f"speed_relative_to_{other}"] = self.seconds(other) / seconds
         return row
 
     def rows(self, roofs: Roofs) -> list[dict[str, Any]]:
@@ -140,13 +142,13 @@ def all_cases(
     ]
 
 
-def run_case(case: Case) -> Result:
+def run_case(case: Case, others: Mapping[str, Callable[..., Any]] | None = None) -> Result:
     """Check all implementations of a case, and time them. InternalError if one is wrong.
 
-    Without torch it is the kernel and the twin.
+    Without torch it is the kernel and the twin; `others`, by name, are called as the functions of `llaisys.ops` are.
     """
     values = inputs_of(case)
-    calls = calls_of(case, values)
+    calls = calls_of(case, values, others or {})
     wanted = [(index, case.spec.call(case.spec.oracle, part)) for index, part in samples(case.spec, values)]
     worst: dict[str, float] = {}
     for implementation, call in calls.items():
@@ -212,7 +214,9 @@ def _outputs(case: Case) -> tuple[np.ndarray[Any, Any], ...]:
     return tuple(map(aligned, empty_outputs(case.spec, case.dims, FLOATS[case.dtype]).values()))
 
 
-def calls_of(case: Case, values: dict[str, Any]) -> dict[str, Call]:
+def calls_of(
+    case: Case, values: dict[str, Any], others: Mapping[str, Callable[..., Any]] = MappingProxyType({})
+) -> dict[str, Call]:
     """The implementations, as functions without arguments."""
     spec = case.spec
     cold = COLD.get(spec.name, set())
@@ -221,9 +225,10 @@ def calls_of(case: Case, values: dict[str, Any]) -> dict[str, Call]:
     sets = [values, *({**values, **{name: aligned(values[name]) for name in cold}} for _ in range(copies - 1))]
     names = [arg.name for arg in spec.inputs_args] + [scalar.name for scalar in spec.scalars]
     arguments = [tuple(some[name] for name in names) for some in sets]
-    outputs = _outputs(case)
-    native = getattr(ops, spec.name)
-    calls = {"native": rotating(native, arguments, out=outputs if len(outputs) > 1 else outputs[0])}
+    calls = {}
+    for name, function in {"native": getattr(ops, spec.name), **others}.items():
+        outputs = _outputs(case)
+        calls[name] = rotating(function, arguments, out=outputs if len(outputs) > 1 else outputs[0])
     if installed("torch"):
         from . import peers
 

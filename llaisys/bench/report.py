@@ -143,16 +143,16 @@ def op_figures(op: str, rows: list[Row]) -> Figures:
     lines = []
     for (dtype, case), found in cases.items():
         native = found.get("native", {})
-        times = [_number(found.get(name, {}).get("microseconds")) for name in ("native", "torch", "numpy")]
+        times = [number(found.get(name, {}).get("microseconds")) for name in ("native", "torch", "numpy")]
         lines.append(
             [
                 case,
                 dtype,
                 *times,
-                _number(native.get("speed_relative_to_torch"), 2),
-                _number(native.get("gbytes_per_second")),
-                _number(native.get("gflops")),
-                _share(native),
+                number(native.get("speed_relative_to_torch"), 2),
+                number(native.get("gbytes_per_second")),
+                number(native.get("gflops")),
+                share(native),
             ]
         )
     return Figures(op, ["case", "dtype", "us", "torch", "numpy", "x torch", "GB/s", "GFLOP/s", "of the roof"], lines)
@@ -166,7 +166,7 @@ def _means(rows: list[Row]) -> Figures:
     lines = []
     for op in dict.fromkeys(op for op, _ in ratios):
         some = (ratios.get((op, dtype)) for dtype in DTYPES)
-        lines.append([op, *(_number(exp(sum(map(log, x)) / len(x)), 2) if x else "-" for x in some)])
+        lines.append([op, *(number(exp(sum(map(log, x)) / len(x)), 2) if x else "-" for x in some)])
     return Figures("x torch, geometric mean", ["", *DTYPES], lines, left=1)
 
 
@@ -184,21 +184,22 @@ def _models(rows: list[Row]) -> Figures:
                 continue
             title = "peak RSS" if key == "peak_rss_gib" else case
             digits = 1 if key == "tokens_per_second" else 2
-            values = [_number(found.get(engine, {}).get(key), digits) for engine in ("native", *others)]
+            values = [number(found.get(engine, {}).get(key), digits) for engine in ("native", *others)]
             ratios = [x for name, x in native.items() if name.startswith("speed_relative_to_")]
             ratio = min(ratios) if ratios and key != "peak_rss_gib" else None
-            share = _share(native)
+            of_roof = share(native)
             if key == "peak_rss_gib" and native:
-                share = f"{native['rss_limit_percent']:.0f}% limit"
-            lines.append([f"{model} {title}, {what}", dtype, *values, _number(ratio, 2), share])
+                of_roof = f"{native['rss_limit_percent']:.0f}% limit"
+            lines.append([f"{model} {title}, {what}", dtype, *values, number(ratio, 2), of_roof])
     return Figures("models", ["", "dtype", "native", *others, "x", "of the roof"], lines)
 
 
-def _number(value: float | None, digits: int = 1) -> str:
+def number(value: float | None, digits: int = 1) -> str:
+    """For a table, "-" for what there is not."""
     return "-" if value is None else f"{value:.{digits}f}" if value < 1000 else f"{value:.0f}"
 
 
-def _share(row: Row) -> str:
+def share(row: Row) -> str:
     """ "83% read": how much of the roof that binds, and which that is."""
     if "roof_percent" not in row:
         return "-"
