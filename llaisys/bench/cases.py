@@ -11,7 +11,6 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from statistics import median
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -148,7 +147,7 @@ def run_case(case: Case, others: Mapping[str, Callable[..., Any]] | None = None)
     Without torch it is the kernel and the twin; `others`, by name, are called as the functions of `llaisys.ops` are.
     """
     values = inputs_of(case)
-    calls = calls_of(case, values, others or {})
+    calls = calls_of(case, values, others)
     wanted = [(index, case.spec.call(case.spec.oracle, part)) for index, part in samples(case.spec, values)]
     worst: dict[str, float] = {}
     for implementation, call in calls.items():
@@ -215,7 +214,7 @@ def _outputs(case: Case) -> tuple[np.ndarray[Any, Any], ...]:
 
 
 def calls_of(
-    case: Case, values: dict[str, Any], others: Mapping[str, Callable[..., Any]] = MappingProxyType({})
+    case: Case, values: dict[str, Any], others: Mapping[str, Callable[..., Any]] | None = None
 ) -> dict[str, Call]:
     """The implementations, as functions without arguments."""
     spec = case.spec
@@ -226,7 +225,7 @@ def calls_of(
     names = [arg.name for arg in spec.inputs_args] + [scalar.name for scalar in spec.scalars]
     arguments = [tuple(some[name] for name in names) for some in sets]
     calls = {}
-    for name, function in {"native": getattr(ops, spec.name), **others}.items():
+    for name, function in {"native": getattr(ops, spec.name), **(others or {})}.items():
         outputs = _outputs(case)
         calls[name] = rotating(function, arguments, out=outputs if len(outputs) > 1 else outputs[0])
     if installed("torch"):
