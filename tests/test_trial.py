@@ -99,6 +99,14 @@ def test_a_kernel_that_takes_nothing(write) -> None:
     assert done.returncode == 2 and "not taken: f16, the call: UNSUPPORTED" in done.stdout.decode()
 
 
+def test_every_operator() -> None:
+    """The library itself, handed in as if it were somebody's: of each operator all cases pass, and none is refused."""
+    path = llaisys._lib.library_path()[0]
+    found = list(in_processes([job for op in SPECS for job in trial.jobs_of(op, path, ["bf16"])]))
+    assert {result.op for result in found} == set(SPECS)
+    assert not [result for result in found if result.outcome != "pass" or result.variants_refused]
+
+
 def test_other_refusals_of_the_library_are_faults() -> None:
     """A kernel of the library must take every call of the SPEC: there a refusal is no excuse."""
     from llaisys.harness import KernelFault, Refusal
