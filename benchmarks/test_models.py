@@ -9,7 +9,8 @@ from __future__ import annotations
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from llaisys.bench.models import COMPARED, DECODE, PREFILL, SIZES, cases_of, run_model
+from llaisys.bench.engines import COMPARED
+from llaisys.bench.models import DECODE, PREFILL, SIZES, cases_of, run_model
 from llaisys.bench.roof import Roofs
 from llaisys.reference import FLOATS
 from replay import measured_in_turns, replay

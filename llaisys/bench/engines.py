@@ -1,19 +1,22 @@
 """The engines that `llaisys bench model` compares: how each loads a checkpoint and generates from it.
 
 llama.cpp and OpenVINO read formats of their own: a checkpoint is converted once, to the folder of the user's cache in
-which the checkpoints of shapes are too. Each engine is set as its documentation says for speed: prompts in batches of
-512, the KV cache in 16 bits, no quantisation.
+which the checkpoints of shapes are too. Nothing is quantised, and each engine is set as suits it best.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..checkpoint import Checkpoint
 from ..config import Qwen2Config
@@ -23,23 +26,28 @@ from .measure import installed
 
 #: Generates `count` tokens after a prompt, greedily, and calls `put` of the streamer with the prompt and each token.
 Generate = Callable[[list[int], int, Any], None]
+#: Loads for a dtype, so many threads and sequences of so many tokens; also the seconds that it took.
+Load = Callable[[Path, str, int, int], tuple[Generate, float]]
 _TORCH = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
-#: Room for tokens in an engine that wants to know it before.
-CONTEXT = 2560
+
+
+def _nothing(config: Qwen2Config, dtype: str) -> str:
+    return ""
 
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine: the modules that must be installed, and what to install for them; what loads a checkpoint and returns
-    `Generate` and the seconds that loading took; what writes the form that it reads, if it is another one; and which
-    models it takes."""
+    """An engine: the modules that must be installed, and what to install for them; what loads a checkpoint; what writes
+    the form that it reads, if that is another one, by which distribution, with which suffix; and why it does not take
+    a model in a dtype ("" if it does)."""
 
     modules: tuple[str, ...]
     packages: str
-    load: Callable[[Path, str, int], tuple[Generate, float]]
+    load: Load
     convert: Callable[[Path, str, Path], None] | None = None
+    converter: str = ""
     suffix: str = ""
-    takes: Callable[[Qwen2Config], bool] = lambda config: True
+    refuses: Callable[[Qwen2Config, str], str] = _nothing
 
     @property
     def installed(self) -> bool:
@@ -53,39 +61,54 @@ def cache_folder() -> Path:
 
 
 def chosen(names: list[str]) -> tuple[str, ...]:
-    """The names of the engines to compare: the native one, then those named, each once. InvalidArgumentError if one is
-    unknown or not installed."""
+    """The names of the engines to compare: the native one, transformers if it is installed, and those named, each once.
+    InvalidArgumentError if one of these is unknown or not installed."""
     for name in names:
         if name not in ENGINES:
             raise InvalidArgumentError(f"engine: expected one of {', '.join(ENGINES)}, found {name!r}")
         if not ENGINES[name].installed:
             missing = ENGINES[name].packages
             raise InvalidArgumentError(f"engine: {name} is not installed; run pip install {missing}")
-    return tuple(dict.fromkeys(["native", *names]))
+    default = [name for name in COMPARED if ENGINES[name].installed]
+    return tuple(dict.fromkeys([*default, *names]))
 
 
-def converted(name: str, folder: Path, dtype: str) -> Path:
-    """What the engine reads in place of a checkpoint, written if it is not there or older: the checkpoint itself, a
-    file or a folder."""
+def readable(name: str, folder: Path, dtype: str) -> Path:
+    """What the engine reads in place of a checkpoint: the checkpoint itself, or a file or folder that `convert` writes.
+    It is another one for each version of the converter."""
     engine = ENGINES[name]
     if engine.convert is None:
         return folder
-    target = cache_folder() / f"{folder.name}.{dtype}{engine.suffix}"
+    version = importlib.metadata.version(engine.converter)
+    return cache_folder() / f"{folder.name}.{dtype}.{engine.converter}-{version}{engine.suffix}"
+
+
+def convert(name: str, folder: Path, dtype: str) -> Path:
+    """`readable`, written if it is not there or older than the checkpoint."""
+    engine, target = ENGINES[name], readable(name, folder, dtype)
+    if engine.convert is None:
+        return target
     if target.exists() and target.stat().st_mtime >= (folder / "config.json").stat().st_mtime:
         return target
-    partial = target.with_name(f"{target.name}.partial")
-    for path in (partial, target):
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    engine.convert(folder, dtype, partial)
-    partial.rename(target)
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    # A folder of this process alone: others may convert the same, and what ends halfway must not be taken for whole.
+    with tempfile.TemporaryDirectory(prefix="partial-", dir=cache_folder()) as own:
+        partial = Path(own) / target.name
+        engine.convert(folder, dtype, partial)
+        if target.is_dir():
+            shutil.rmtree(target)
+        try:
+            partial.replace(target)
+        except OSError:  # another process has put its folder there meanwhile
+            if not target.is_dir():
+                raise
     return target
 
 
 # ----------------------------------------------------- that read checkpoints
 
 
-def _load_native(folder: Path, dtype: str, threads: int) -> tuple[Generate, float]:
+def _load_native(folder: Path, dtype: str, threads: int, room: int) -> tuple[Generate, float]:
     from ..models import Qwen2
 
     begin = time.perf_counter()
@@ -99,9 +122,14 @@ def _load_native(folder: Path, dtype: str, threads: int) -> tuple[Generate, floa
     return generate, seconds
 
 
-def _generate_as_transformers(model: Any) -> Generate:
+def _load_transformers(folder: Path, dtype: str, threads: int, room: int) -> tuple[Generate, float]:
     import torch
+    from transformers import Qwen2ForCausalLM
 
+    torch.set_num_threads(threads)
+    begin = time.perf_counter()
+    model = Qwen2ForCausalLM.from_pretrained(folder, dtype=getattr(torch, _TORCH[dtype])).eval()
+    seconds = time.perf_counter() - begin
     model.generation_config.eos_token_id = None
 
     def generate(prompt: list[int], count: int, streamer: Any) -> None:
@@ -112,17 +140,7 @@ def _generate_as_transformers(model: Any) -> Generate:
                 streamer=streamer,
             )  # fmt: skip
 
-    return generate
-
-
-def _load_transformers(folder: Path, dtype: str, threads: int) -> tuple[Generate, float]:
-    import torch
-    from transformers import Qwen2ForCausalLM
-
-    torch.set_num_threads(threads)
-    begin = time.perf_counter()
-    model = Qwen2ForCausalLM.from_pretrained(folder, dtype=getattr(torch, _TORCH[dtype])).eval()
-    return _generate_as_transformers(model), time.perf_counter() - begin
+    return generate, seconds
 
 
 # ------------------------------------------------------------------ OpenVINO
@@ -132,14 +150,28 @@ def _to_openvino(folder: Path, dtype: str, target: Path) -> None:
     """By way of optimum-intel. It would compress the weights of large models to 8 bits if nobody forbade it."""
     from optimum.intel import OVModelForCausalLM
 
+    tempfile.tempdir = str(target.parent)  # where it puts all of the model first
     model = OVModelForCausalLM.from_pretrained(
         folder, export=True, compile=False, load_in_8bit=False, torch_dtype=_TORCH[dtype]
     )
     model.save_pretrained(target)
 
 
-def _load_openvino(path: Path, dtype: str, threads: int) -> tuple[Generate, float]:
-    from optimum.intel import OVModelForCausalLM
+def _no_such_arithmetic(config: Qwen2Config, dtype: str) -> str:
+    """OpenVINO takes another type, and does not say so, where the processor lacks what it is asked for."""
+    import openvino
+
+    name = {"f32": "FP32", "f16": "FP16", "bf16": "BF16"}[dtype]
+    found = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "" if name in found else f"expected {name} among what it computes with on this processor, found {found}"
+
+
+def _load_openvino(path: Path, dtype: str, threads: int, room: int) -> tuple[Generate, float]:
+    """Without optimum-intel, whose `generate` takes 1 ms a token by itself, and with logits of the last position only,
+    as its own pipelines have them and the other engines too. Of 0.5B, 512 tokens then took 0.9 s of processor time in
+    place of 1.4."""
+    import openvino
+    from openvino import opset13
 
     settings = {
         "INFERENCE_PRECISION_HINT": dtype,
@@ -147,11 +179,31 @@ def _load_openvino(path: Path, dtype: str, threads: int) -> tuple[Generate, floa
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
         "INFERENCE_NUM_THREADS": str(threads),
         "PERFORMANCE_HINT": "LATENCY",
-        "CACHE_DIR": "",
     }
     begin = time.perf_counter()
-    model = OVModelForCausalLM.from_pretrained(path, ov_config=settings)
-    return _generate_as_transformers(model), time.perf_counter() - begin
+    core = openvino.Core()
+    model = core.read_model(path / "openvino_model.xml")
+    head = model.get_results()[0].input_value(0).get_node()
+    first, last, one = (opset13.constant([number], np.int64) for number in (-1, np.iinfo(np.int64).max, 1))
+    hidden = opset13.slice(head.input_value(0), first, last, one, one)
+    head.input(0).replace_source_output(hidden.output(0))
+    model.validate_nodes_and_infer_types()
+    request = core.compile_model(model, "CPU", settings).create_infer_request()
+    seconds = time.perf_counter() - begin
+
+    def generate(prompt: list[int], count: int, streamer: Any) -> None:
+        request.reset_state()
+        streamer.put(prompt)
+        tokens, length = np.array([prompt], np.int64), 0
+        for _ in range(count):
+            places = np.arange(length, length + tokens.shape[1])[None]
+            length += tokens.shape[1]
+            inputs = {"input_ids": tokens, "position_ids": places, "attention_mask": np.ones((1, length), np.int64)}
+            request.infer({**inputs, "beam_idx": np.zeros(1, np.int32)})
+            tokens = request.get_output_tensor(0).data[:, -1].argmax(-1)[:, None]
+            streamer.put(tokens)
+
+    return generate, seconds
 
 
 # ----------------------------------------------------------------- llama.cpp
@@ -160,7 +212,6 @@ def _load_openvino(path: Path, dtype: str, threads: int) -> tuple[Generate, floa
 def _to_gguf(folder: Path, dtype: str, target: Path) -> None:
     """As convert_hf_to_gguf.py of llama.cpp does: matrices in `dtype`, vectors in f32. No tokenizer."""
     import gguf
-    import numpy as np
 
     checkpoint = Checkpoint.open(folder)
     config = checkpoint.config
@@ -177,31 +228,39 @@ def _to_gguf(folder: Path, dtype: str, target: Path) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("none")
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
-    for name, tensor in checkpoint.tensors():
-        key = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if tensor.ndim == 1:
-            writer.add_tensor(key, tensor.astype(np.float32))
-        elif dtype == "bf16":  # which numpy has no name for that gguf would know
-            data = tensor.astype(FLOATS[dtype]).view(np.uint8)
-            writer.add_tensor(key, data, raw_dtype=gguf.GGMLQuantizationType.BF16)
-        else:
-            writer.add_tensor(key, tensor.astype(FLOATS[dtype]))
+    keys = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
+    raw = gguf.GGMLQuantizationType.BF16  # a type that numpy has no name for
+
+    def stored(shape: tuple[int, ...]) -> np.dtype[Any]:
+        return np.dtype(np.float32) if len(shape) == 1 else FLOATS[dtype]
+
+    # First what there is, then one tensor at a time, so that the model is not in memory as a whole.
+    for name in checkpoint.names():
+        key = keys.get_name(name, try_suffixes=(".weight", ".bias"))
+        shape = checkpoint.shape_of(name)
+        kind, nbytes = stored(shape), stored(shape).itemsize * int(np.prod(shape))
+        bf16 = kind == FLOATS["bf16"]
+        writer.add_tensor_info(key, shape, np.dtype(np.float16) if bf16 else kind, nbytes, raw if bf16 else None)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+    writer.write_ti_data_to_file()
+    for name in checkpoint.names():
+        tensor = checkpoint.tensor(name)
+        writer.write_tensor_data(tensor.astype(stored(tensor.shape)).view(np.uint8))
     writer.close()
 
 
-def _load_llama_cpp(path: Path, dtype: str, threads: int) -> tuple[Generate, float]:
-    """With flash attention, and keys and values in f16 for weights in bf16 too. On Zen 5 a prompt of 512 tokens of the
-    shape 0.5B in bf16 took it 594 tokens per second so, 530 without flash attention, 445 with both in bf16."""
+def _load_llama_cpp(path: Path, dtype: str, threads: int, room: int) -> tuple[Generate, float]:
+    """With flash attention, and keys and values in f16 for weights in bf16 too. On Zen 5 it took 512 tokens of 0.5B in
+    bf16 at 594 tokens per second so, at 530 without flash attention, at 445 with keys and values in bf16."""
     import llama_cpp
+
+    kv = llama_cpp.GGML_TYPE_F32 if dtype == "f32" else llama_cpp.GGML_TYPE_F16
 
     begin = time.perf_counter()
     model = llama_cpp.Llama(
-        str(path), n_ctx=CONTEXT, n_threads=threads, n_threads_batch=threads, n_batch=512, n_ubatch=512,
-        flash_attn=True, verbose=False,
+        str(path), n_ctx=room, n_threads=threads, n_threads_batch=threads, n_batch=512, n_ubatch=512,
+        flash_attn=True, type_k=kv, type_v=kv, verbose=False,
     )  # fmt: skip
     seconds = time.perf_counter() - begin
 
@@ -215,16 +274,37 @@ def _load_llama_cpp(path: Path, dtype: str, threads: int) -> tuple[Generate, flo
     return generate, seconds
 
 
-def _heads_fill_hidden(config: Qwen2Config) -> bool:
-    """llama.cpp refuses other models of this kind, the embedded one among them."""
-    return config.num_attention_heads * config.head_dim == config.hidden_size
+def _heads_beside_hidden(config: Qwen2Config, dtype: str) -> str:
+    """The embedded model is such a one."""
+    wide = config.num_attention_heads * config.head_dim
+    return (
+        ""
+        if wide == config.hidden_size
+        else f"expected heads as wide as hidden_size {config.hidden_size}, found {wide}"
+    )
 
 
 ENGINES = {
     "native": Engine((), "llaisys", _load_native),
     "transformers": Engine(("torch", "transformers"), "torch transformers", _load_transformers),
-    "openvino": Engine(("openvino", "optimum"), "openvino optimum-intel", _load_openvino, _to_openvino, ".openvino"),
+    "openvino": Engine(
+        ("openvino", "optimum.intel"),
+        "openvino optimum-intel",
+        _load_openvino,
+        _to_openvino,
+        "optimum-intel",
+        ".openvino",
+        _no_such_arithmetic,
+    ),
     "llama.cpp": Engine(
-        ("llama_cpp", "gguf"), "llama-cpp-python gguf", _load_llama_cpp, _to_gguf, ".gguf", _heads_fill_hidden
+        ("llama_cpp", "gguf"),
+        "llama-cpp-python gguf",
+        _load_llama_cpp,
+        _to_gguf,
+        "gguf",
+        ".gguf",
+        _heads_beside_hidden,
     ),
 }
+#: What is compared unless others are named.
+COMPARED = ("native", "transformers")

@@ -93,8 +93,11 @@ def last_level_cache() -> int:
 
 
 def installed(module: str) -> bool:
-    """Whether `module` can be imported, without importing it."""
-    return find_spec(module) is not None
+    """Whether `module` can be imported, without importing it (of a submodule, what it lies in is imported)."""
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from ..reference import FLOATS
 from ..reference.ops.self_attention import visible_pairs
 from ..reference.spec import QWEN2_SIZES
 from .cases import Repeating
-from .engines import ENGINES, cache_folder
+from .engines import COMPARED, ENGINES, cache_folder, readable
 from .measure import last_level_cache
 from .roof import Roofs
 
@@ -37,8 +37,6 @@ DECODE = (128, 2048)
 #: Tokens that are decoded after each of DECODE.
 NEW_TOKENS = 24
 SIZES = ("tiny", *QWEN2_SIZES)
-#: The engines that are compared unless others are named.
-COMPARED = ("native", "transformers")
 _LAYERS = {"0.5B": 24, "1.5B": 28}
 _TIED = {"0.5B": True, "1.5B": False}
 _SHARD_LAYERS = 6
@@ -228,6 +226,15 @@ def cases_of(config: Qwen2Config) -> list[str]:
     return [*cases, *(f"decode {n}" for n in DECODE if n + NEW_TOKENS <= most), "load"]
 
 
+def refusals(
+    size: str, dtype: str, engines: tuple[str, ...], say: Callable[[str], None] = say_nothing
+) -> dict[str, str]:
+    """Which of the engines that are installed do not take a model in a dtype, and why."""
+    config = Checkpoint.open(make_checkpoint(size, say)).config
+    reasons = {name: ENGINES[name].refuses(config, dtype) for name in engines if ENGINES[name].installed}
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
 @cache
 def run_model(
     size: str,
@@ -238,18 +245,21 @@ def run_model(
     engines: tuple[str, ...] = COMPARED,
 ) -> ModelRuns:
     """Run the processes of the engines in turns, `rounds` of each. Those that are not installed, or do not take such a
-    model, are left out."""
+    model (see `refusals`), are left out."""
     folder = make_checkpoint(size, say)
     config = Checkpoint.open(folder).config
-    engines = tuple(name for name in engines if ENGINES[name].installed and ENGINES[name].takes(config))
+    refused = refusals(size, dtype, engines)
+    engines = tuple(name for name in engines if ENGINES[name].installed and name not in refused)
     for engine in engines:
         if ENGINES[engine].convert is not None:
             say(f"model {size} {dtype}: converting it for {engine}")
             _process(engine, folder, dtype, threads, [])
-    for path in folder.glob("*.safetensors"):  # once from the disk, so that all find it in the page cache
-        with path.open("rb", buffering=0) as file:
-            while file.read(1 << 24):
-                pass
+    for engine in engines:  # once from the disk, so that all find it in the page cache
+        source = readable(engine, folder, dtype)
+        for path in filter(Path.is_file, source.iterdir()) if source.is_dir() else [source]:
+            with path.open("rb", buffering=0) as file:
+                while file.read(1 << 24):
+                    pass
     processes: dict[str, list[dict[str, Any]]] = {engine: [] for engine in engines}
     read: list[float] = []
     for number in range(rounds):
@@ -278,8 +288,9 @@ def _process(engine: str, folder: Path, dtype: str, threads: int, cases: list[st
         os.close(kept)
     if done.returncode:
         said = (done.stderr.strip() or "nothing").splitlines()[-1]
+        expected = "figures" if cases else f"a conversion to {readable(engine, folder, dtype)}"
         raise InternalError(
-            f"model {folder.name}: {engine}: expected figures, found exit status {done.returncode}: {said}"
+            f"model {folder.name}: {engine}: expected {expected}, found exit status {done.returncode}: {said}"
         )
     return dict(json.loads(done.stdout.splitlines()[-1])) if cases else {}
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint import Checkpoint
-from .engines import ENGINES, Generate, converted
+from .engines import ENGINES, Generate, convert, readable
 from .models import NEW_TOKENS
 
 #: Prompts of a case are repeated until this has passed, at most so often.
@@ -82,11 +82,12 @@ def main() -> None:
     """The command line."""
     threading.Thread(target=end_with_stdin, daemon=True).start()
     engine, folder, dtype, threads, *cases = sys.argv[1:]
-    path = converted(engine, Path(folder), dtype)
     if not cases:
+        convert(engine, Path(folder), dtype)
         return
     vocabulary = Checkpoint.open(folder).config.vocab_size
-    generate, loading = ENGINES[engine].load(path, dtype, int(threads))
+    room = max((int(case.partition(" ")[2]) for case in cases if case != "load"), default=0) + NEW_TOKENS
+    generate, loading = ENGINES[engine].load(readable(engine, Path(folder), dtype), dtype, int(threads), room)
     seconds = {"load": [loading]}
     seconds |= {case: measure(generate, vocabulary, case) for case in cases if case != "load"}
     print(json.dumps({"seconds": seconds, "peak_rss_bytes": peak_rss()}))

@@ -50,8 +50,8 @@ def bench(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="Beside the native one in bench model: transformers, openvino or llama.cpp, one option each.",
-            show_default="transformers if installed",
+            help="In bench model also this one: openvino or llama.cpp, one option each.",
+            show_default="native, and transformers if installed",
         ),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Processes of each engine in bench model.")] = 3,
@@ -129,9 +129,9 @@ def _measure(
             raise typer.BadParameter(f"expected an operator or {MODEL}, found {name!r}", param_hint="OP")
     if MODEL in what:
         from ..bench.engines import chosen
-        from ..bench.models import COMPARED, measure_model
+        from ..bench.models import measure_model, refusals
 
-        compared = chosen(engines) if engines else COMPARED
+        compared = chosen(engines)
     elif engines:
         raise typer.BadParameter(f"expected {MODEL} among the names, found {what}", param_hint="--engine")
     if isa is not None:
@@ -148,6 +148,8 @@ def _measure(
         if MODEL in what:
             for size in sizes or ["tiny", "0.5B"]:
                 for dtype in dtypes or ["bf16"]:
+                    for name, reason in refusals(size, dtype, compared, progress.show).items():
+                        typer.echo(f"{size} {dtype} without {name}: {reason}", err=True)
                     rows += measure_model(size, dtype, roofs, rounds, progress.show, compared)
     return report.document(roofs, rows)
 
