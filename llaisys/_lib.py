@@ -225,16 +225,23 @@ def operator_by_address(spec: Spec, lib: ctypes.CDLL | None = None) -> Any:
     return function
 
 
-def operator_of_file(spec: Spec, path: str | os.PathLike[str]) -> Any:
-    """The C entry of an operator in another library, which is loaded; its tensors are given as addresses. LibraryError
-    if it cannot be loaded, or has no such function."""
-    library()  # first, as the other one may be linked with it
+def operator_of_file(spec: Spec, path: str | os.PathLike[str], name: object = None) -> Any:
+    """The C entry of an operator in another library, which is loaded; its tensors are given as addresses. LibraryError,
+    which calls it `name`, if it cannot be loaded or has no such function."""
+    own = operator_by_address(spec)  # first, as the other library may be linked with this one
+    name = path if name is None else name
     try:
-        return operator_by_address(spec, ctypes.CDLL(str(Path(path).absolute())))
+        function = operator_by_address(spec, ctypes.CDLL(str(Path(path).absolute())))
     except OSError as error:
-        raise LibraryError(f"{path} cannot be loaded: expected a shared library, found: {error}") from None
+        raise LibraryError(f"{name} cannot be loaded: expected a shared library, found: {error}") from None
     except AttributeError:
-        raise LibraryError(f"{path}: expected the function {spec.c_prototype} found no {spec.c_name}") from None
+        function = own
+    # What a library does not have is looked for in those that it is linked with.
+    if ctypes.cast(function, c_void_p).value == ctypes.cast(own, c_void_p).value and not Path(path).samefile(
+        library_path()[0]
+    ):
+        raise LibraryError(f"{name}: expected the function {spec.c_prototype} found no {spec.c_name}")
+    return function
 
 
 def _function(lib: ctypes.CDLL, path: Path, name: str, restype: Any, argtypes: tuple[Any, ...]) -> Any:

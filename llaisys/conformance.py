@@ -8,8 +8,10 @@ number of threads, in place, and of each row alone.
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import signal
+import sys
 import time
 import traceback
 import warnings
@@ -267,6 +269,7 @@ def _rows(spec: Spec, values: Mapping[str, Any], outputs: Sequence[Array]) -> It
 def _work(job: Work, skip: int, pipe: connection.Connection) -> None:
     """In a process of its own: ("begin", number, tier, label) and ("end", result) for each case, and ("done",)."""
     faulthandler.disable()  # what a crash is to be told, the parent tells
+    _end_with_parent()
     try:
         for number, (isa, label, examine) in enumerate(job.cases()):
             if number >= skip:
@@ -275,6 +278,13 @@ def _work(job: Work, skip: int, pipe: connection.Connection) -> None:
         pipe.send(("done",))
     except Exception:  # not the library's fault, but ours
         pipe.send(("error", traceback.format_exc()))
+
+
+def _end_with_parent() -> None:
+    """A kernel that hangs would outlive a parent that is killed."""
+    PR_SET_PDEATHSIG = 1
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @dataclass
@@ -368,34 +378,41 @@ def _signal_name(number: int) -> str:
 
 def tiers() -> tuple[str, ...]:
     """The tiers of the library, asked in a process of its own. LibraryError if that does not answer."""
+    from ._lib import isas
+
+    return tuple(answer("the library", "its tiers", isas))
+
+
+def answer(library: str, what: str, ask: Callable[[], Any]) -> Any:
+    """What `ask` returns, in a process of its own, as a library may end that, or hang. The LlaisysError that it raises;
+    LibraryError if there is no answer."""
     context = get_context("fork")
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_tiers, args=(there,), daemon=True)
+    process = context.Process(target=_answer, args=(there, ask), daemon=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         process.start()
     there.close()
     try:
         if not here.poll(TIMEOUT):
-            raise LibraryError(f"the library does not answer: expected its tiers within {TIMEOUT:g} s, found nothing")
-        answer = here.recv()
+            raise LibraryError(f"{library} does not answer: expected {what} within {TIMEOUT:g} s, found nothing")
+        found = here.recv()
     except EOFError:
         process.join()
-        found = _signal_name(-process.exitcode) if process.exitcode else "nothing"
-        raise LibraryError(f"the library cannot be used: expected its tiers, found {found}") from None
+        how = _signal_name(-process.exitcode) if process.exitcode else "nothing"
+        raise LibraryError(f"{library} cannot be used: expected {what}, found {how}") from None
     finally:
         process.kill()
         process.join()
-    if isinstance(answer, LlaisysError):
-        raise answer
-    return tuple(answer)
+    if isinstance(found, LlaisysError):
+        raise found
+    return found
 
 
-def _tiers(pipe: connection.Connection) -> None:
-    from ._lib import isas
-
+def _answer(pipe: connection.Connection, ask: Callable[[], Any]) -> None:
+    faulthandler.disable()
     try:
-        pipe.send(isas())
+        pipe.send(ask())
     except LlaisysError as error:
         pipe.send(error)
 

@@ -44,7 +44,7 @@ class Refusal(KernelFault):
 #: C entries in place of those of the library, by name.
 _entries: dict[str, Any] = {}
 #: Statuses with which such an entry says that it does not take a call.
-_REFUSALS = ("UNSUPPORTED", "DTYPE", "SHAPE", "STRIDE", "ALIAS")
+REFUSALS = ("UNSUPPORTED", "DTYPE", "SHAPE", "STRIDE", "ALIAS")
 
 
 @contextmanager
@@ -211,7 +211,7 @@ def run(
         else:
             placed[arg.name] = place(np.broadcast_to(np.zeros((), dtype), shape), arg, layout, allocate, poison)
     status, text = invoke(spec, {**values, **{name: view for name, (view, _) in placed.items()}})
-    if spec.c_name in _entries and status in _REFUSALS:
+    if spec.c_name in _entries and status in REFUSALS:
         raise Refusal(f"{where}: {status}")
     _demand(status == "OK", f"{where}: {status}: {text}")
     for name, old in before.items():

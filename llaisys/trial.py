@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,9 +26,9 @@ from .bench.cases import Case, all_cases, run_case
 from .bench.measure import same_threads
 from .bench.roof import Roofs
 from .certify import Local
-from .conformance import Job, Result
-from .errors import InternalError, InvalidArgumentError, LibraryError, LlaisysError, status_error
-from .harness import THREADS
+from .conformance import Job, Result, answer
+from .errors import InvalidArgumentError, LibraryError, LlaisysError, status_error
+from .harness import REFUSALS, THREADS
 from .ops import operator_of
 from .reference import SPECS, Spec
 
@@ -37,6 +38,10 @@ __all__ = ["Timing", "build", "jobs_of", "operator", "spec_of"]
 _CXX = ("CXX", "c++", "-std=c++20")
 COMPILERS = {".c": ("CC", "cc", "-std=c11"), ".cc": _CXX, ".cpp": _CXX, ".cxx": _CXX}
 OPTIMISED = ("-O3", "-march=native", "-ffp-contract=off")
+#: How a shared library begins.
+ELF = b"\x7fELF"
+#: Seconds after which a case that is timed, torch and all, is taken to hang.
+TIMEOUT = 600.0
 #: Name of the kernel among the implementations that are timed.
 YOURS = "yours"
 
@@ -48,37 +53,53 @@ def spec_of(op: str) -> Spec:
     return SPECS[op]
 
 
-def build(file: str | os.PathLike[str], folder: Path, flags: Sequence[str] = ()) -> Path:
-    """The shared library of a source, compiled to `folder` with `flags` behind OPTIMISED; `file` if it is no source.
+def build(file: str | os.PathLike[str], folder: Path, flags: str | Sequence[str] = ()) -> Path:
+    """The shared library of a source, compiled to `folder` with `flags` behind OPTIMISED; `file` if it is one already.
 
     The compiler is that of CXX or CC, else c++ or cc; what it says goes to stderr. LibraryError if it fails,
-    InvalidArgumentError if there is no such file.
+    InvalidArgumentError if the file is neither, or does not exist.
     """
     source = Path(file)
     if not source.is_file():
         raise InvalidArgumentError(f"{file}: expected a file, found {'a folder' if source.is_dir() else 'none'}")
     if source.suffix not in COMPILERS:
+        with source.open("rb") as opened:
+            if opened.read(len(ELF)) != ELF:
+                suffixes = ", ".join(COMPILERS)
+                raise InvalidArgumentError(f"{file}: expected a source ({suffixes}) or a shared library, found neither")
         return source
     variable, name, standard = COMPILERS[source.suffix]
-    compiler = shlex.split(os.environ.get(variable, "")) or [name]
+    compiler = _words(variable, os.environ.get(variable, "")) or [name]
     target = folder / f"{source.stem}.so"
     library = _lib.library_path()[0]
-    command = [*compiler, standard, *OPTIMISED, "-shared", "-fPIC", f"-I{_lib.header_folder()}", *flags, str(source)]
+    command = [*compiler, standard, *OPTIMISED, "-shared", "-fPIC", f"-I{_lib.header_folder()}"]
+    command += [*(_words("flags", flags) if isinstance(flags, str) else flags), str(source.absolute())]
     command += [str(library), f"-Wl,-rpath,{library.parent}", "-o", str(target)]
     try:
         status = subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode
     except OSError as error:
         raise LibraryError(f"{file}: expected a compiler, found: {error}; {variable} names another one") from None
-    if status:
-        raise LibraryError(f"{file}: expected a source that compiles, found exit status {status} of {compiler[0]}")
+    if status or not target.is_file():
+        found = f"exit status {status}" if status else "no library"
+        raise LibraryError(f"{file}: expected a source that compiles, found {found} of {compiler[0]}")
     return target
 
 
-def operator(op: str, file: str | os.PathLike[str], flags: Sequence[str] = ()) -> Callable[..., Any]:
+def _words(name: str, text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise InvalidArgumentError(f"{name}: expected words as for a shell, found {text!r}: {error}") from None
+
+
+def operator(op: str, file: str | os.PathLike[str], flags: str | Sequence[str] = ()) -> Callable[..., Any]:
     """A function like `llaisys.ops.<op>` that calls the C entry in `file`, a source or a library; see `build`."""
     spec = spec_of(op)
     with TemporaryDirectory(prefix="llaisys-") as folder:
-        entry = _lib.operator_of_file(spec, build(file, Path(folder), flags))
+        library = build(file, Path(folder), flags)
+        if library == Path(file):  # a copy, as the same file is not loaded again when it has changed
+            library = Path(shutil.copy(library, folder))
+        entry = _lib.operator_of_file(spec, library, file)
 
     def check(status: int) -> None:
         _lib.check_call(0)  # what a signal handler raised meanwhile
@@ -89,19 +110,23 @@ def operator(op: str, file: str | os.PathLike[str], flags: Sequence[str] = ()) -
     return operator_of(spec, lambda _: entry, check)
 
 
-def jobs_of(op: str, file: str | os.PathLike[str], dtypes: Sequence[str]) -> list[Job]:
-    """The jobs that hold the C entry in `file`, a shared library, to the SPEC, for `conformance`; in the tier in use
-    alone, as the kernel does not know of tiers."""
-    _lib.operator_of_file(spec_of(op), file)  # an error here and not in a process
-    return [Job(op, dtype, (_lib.isa(),), THREADS, kernel=str(file)) for dtype in dtypes]
+def jobs_of(
+    op: str, file: str | os.PathLike[str], dtypes: Sequence[str], threads: int | None = None, name: object = None
+) -> list[Job]:
+    """The jobs that hold the C entry in `file`, a shared library called `name`, to the SPEC, for `conformance`; in the
+    tier in use alone, as the kernel does not know of tiers. LibraryError if it has none."""
+    spec, name = spec_of(op), file if name is None else name
+    answer(str(name), f"the function {spec.c_name}", lambda: bool(_lib.operator_of_file(spec, file, name)))
+    counts = (threads,) if threads else THREADS
+    return [Job(op, dtype, (_lib.isa(),), counts, kernel=str(file)) for dtype in dtypes]
 
 
 @dataclass(frozen=True)
 class Timing:
     """The benchmarks of an operator in one dtype, for `conformance.in_processes`.
 
-    A case gives the rows of the kernel in `file`, of the library's, of torch and of the twin, or a `Result` if the
-    kernel is wrong or refuses it.
+    A case gives the rows of the kernel in `file`, of the library's and of torch, or a `Result` if the kernel is wrong
+    or refuses it.
     """
 
     op: str
@@ -118,10 +143,12 @@ class Timing:
 
     def measure(self, case: Case, yours: Callable[..., Any]) -> list[dict[str, Any]] | Result:
         """One case."""
+        result = Result(self.op, self.dtype, _lib.isa(), case.case.title, Local("pass"))
         try:
             with same_threads(self.roofs.threads):
                 return run_case(case, {YOURS: yours}).rows(self.roofs)
-        except InternalError as error:
-            return Result(self.op, self.dtype, _lib.isa(), case.case.title, Local("fault"), str(error))
         except LlaisysError as error:
-            return Result(self.op, self.dtype, _lib.isa(), case.case.title, Local("pass"), refused=str(error))
+            status = _lib.library().llaisysStatusName(error.status).decode()
+            if status in REFUSALS:
+                return replace(result, refused=f"the call: {status}")
+            return replace(result, message=str(error))

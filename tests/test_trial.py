@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +18,27 @@ from llaisys import trial
 from llaisys.conformance import Result, in_processes
 from llaisys.errors import InvalidArgumentError, LibraryError, UnsupportedError
 from llaisys.reference import SPECS
-from test_cli import run
+from test_cli import environment, run
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None or shutil.which("cc") is None, reason="no compiler")
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "my_add.cpp"
 LOOP = "sum[i] = x[i] + y[i];"
+# Those that use the library are linked with it, and its function must not be taken for theirs.
+MISSPELT = """
+#include <llaisys.h>
+int32_t llaisysAddd(LlaisysTensor *out, const LlaisysTensor *a, const LlaisysTensor *b) { return llaisysNumThreads(); }
+"""
+OVERLOADED = """
+#include <llaisys.h>
+int32_t llaisysAdd(const LlaisysTensor *out, const LlaisysTensor *a, const LlaisysTensor *b) {
+    return llaisysNumThreads();
+}
+"""
+ABORTING = """
+#include <cstdlib>
+static const bool never = (std::abort(), true);
+"""
 
 
 @pytest.fixture
@@ -79,8 +97,9 @@ def test_a_wrong_kernel(loop: str, text: str, write) -> None:
 
 
 def test_wrong_at_large_sizes_only(write) -> None:
-    """What the boundary sizes of the SPEC do not show is found before it is timed, be it wrong numbers or a crash."""
+    """What the boundary sizes of the SPEC do not show is found before it is timed: wrong numbers, an error, a crash."""
     for loop, text in (
+        ("sum[i] = x[i] + y[i]; if (count > 400000) return LLAISYS_ERROR_OUT_OF_MEMORY;", "found OUT_OF_MEMORY"),
         ("sum[i] = x[i] + (count > 400000 ? 0 : y[i]);", "0.5B residual prefill: yours: out: "),
         ("sum[i] = x[i] + y[i]; if (count > 400000) *(volatile int *)8 = 1;", "crashed with SIGSEGV"),
     ):
@@ -97,6 +116,36 @@ def test_a_kernel_that_hangs(write, tmp_path: Path) -> None:
 def test_a_kernel_that_takes_nothing(write) -> None:
     done = tried(write("return LLAISYS_ERROR_SHAPE;"), "--dtype", "f16")
     assert done.returncode == 2 and "not taken: f16, the call: UNSUPPORTED" in done.stdout.decode()
+    # And one that takes only what is empty, of which nothing can be said.
+    done = tried(write("return LLAISYS_ERROR_SHAPE;"), "--dtype", "f32")
+    text = done.stdout.decode()
+    assert done.returncode == 2 and re.search(r"not taken: f32, the call: SHAPE: \d+ cases \(.*, \.\.\.\)", text), text
+
+
+def test_a_large_call_may_be_refused(write) -> None:
+    """Which is told, and is no fault."""
+    loop = "sum[i] = x[i] + y[i]; if (count > 400000) return LLAISYS_ERROR_UNSUPPORTED;"
+    done = tried(write(loop), "--dtype", "f32", "--phase", "prefill")
+    text = done.stdout.decode()
+    assert done.returncode == 0 and "the call: UNSUPPORTED: 2 cases (0.5B residual prefill, 1.5B" in text, text
+
+
+def test_nothing_is_left_of_one_that_is_killed(write, tmp_path: Path) -> None:
+    """Neither processes, in which the kernel hangs, nor the folder that it was compiled to."""
+    path = write('sum[i] = x[i] + y[i]; while (count == 1) asm volatile("");')
+    command = [sys.executable, "-m", "llaisys", "try", "add", str(path), "--dtype", "f32", "--no-bench"]
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    env = environment(TMPDIR=str(folder))
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        for _ in range(300):
+            time.sleep(0.1)
+            if list(folder.glob("llaisys-*/my_add.so")):
+                break
+        time.sleep(2)
+        process.terminate()
+        output, _ = process.communicate(timeout=20)  # returns only when no process has the pipe any more
+    assert process.returncode == 128 + signal.SIGTERM and not list(folder.iterdir()), output
 
 
 def test_every_operator() -> None:
@@ -139,8 +188,12 @@ def test_c_and_a_library(write, tmp_path: Path) -> None:
     x = np.arange(5, dtype=np.float32)
     for file, flags in ((library, []), (path, [f"-DFOUND={llaisys.num_threads()}"])):
         assert (trial.operator("add", file, flags)(x, x) == 2 * x).all()
+    assert (trial.operator("add", path, " ".join(flags))(x, x) == 2 * x).all()
+    other = write(text=source.replace(" + ", " - "), name="other.c")
+    trial.build(other, tmp_path, flags).replace(library)  # a library is loaded anew when it has changed
+    assert (trial.operator("add", library)(x, x) == 0 * x).all()
     done = tried(path, "--dtype", "f32", "--no-bench", "--threads", "1", "--flags=-DFOUND=llaisysNumThreads()")
-    assert done.returncode == 0 and "not taken: f32, rows" in done.stdout.decode(), done.stderr.decode()
+    assert done.returncode == 0 and "not taken: f32, the call: SHAPE" in done.stdout.decode(), done.stderr.decode()
 
 
 @pytest.mark.parametrize(
@@ -148,7 +201,16 @@ def test_c_and_a_library(write, tmp_path: Path) -> None:
     [
         ("my_add.cpp", "int x = ;", "add", "expected a source that compiles, found exit status 1 of c++"),
         ("my_add.cpp", "int x;", "add", "expected the function int32_t llaisysAdd(LlaisysTensor *out, const"),
-        ("my_add.so", "no library", "add", "expected a shared library, found: "),
+        (
+            "my_add.so",
+            "no library",
+            "add",
+            "expected a source (.c, .cc, .cpp, .cxx) or a shared library, found neither",
+        ),
+        ("my_add.txt", "\x7fELF", "add", "my_add.txt cannot be loaded: expected a shared library, found: "),
+        ("my_add.c", MISSPELT, "add", "my_add.c: expected the function int32_t llaisysAdd("),
+        ("my_add.cpp", OVERLOADED, "add", "my_add.cpp: expected the function int32_t llaisysAdd("),
+        ("my_add.cpp", ABORTING, "add", "my_add.cpp cannot be used: expected the function llaisysAdd, found SIGABRT"),
         ("my_add.cpp", "int x;", "relu", "op: expected one of add, "),
     ],
 )
@@ -164,6 +226,9 @@ def test_no_file_and_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         trial.operator("add", tmp_path / "none.cpp")
     with pytest.raises(InvalidArgumentError, match="expected a file, found a folder"):
         trial.operator("add", tmp_path)
+    for flags in ('"', ["-fsyntax-only"]):
+        with pytest.raises((InvalidArgumentError, LibraryError), match="flags: expected words|found no library of c"):
+            trial.operator("add", EXAMPLE, flags)
     monkeypatch.setenv("CXX", "no-such-compiler -m64")
     with pytest.raises(LibraryError, match="expected a compiler, found: .*no-such-compiler.*; CXX names another one"):
         trial.operator("add", EXAMPLE)

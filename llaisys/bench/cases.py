@@ -144,7 +144,8 @@ def all_cases(
 def run_case(case: Case, others: Mapping[str, Callable[..., Any]] | None = None) -> Result:
     """Check all implementations of a case, and time them. InternalError if one is wrong.
 
-    Without torch it is the kernel and the twin; `others`, by name, are called as the functions of `llaisys.ops` are.
+    Without torch it is the kernel and the twin; with `others`, by name, which are called as the functions of
+    `llaisys.ops` are, the twin is not timed.
     """
     values = inputs_of(case)
     calls = calls_of(case, values, others)
@@ -162,7 +163,7 @@ def run_case(case: Case, others: Mapping[str, Callable[..., Any]] | None = None)
                     raise InternalError(f"{where}: {case.spec.outputs[i].name}: {verdict.reason}")
                 worst[implementation] = max(verdict.worst, worst.get(implementation, 0.0))
     # The twin apart: OpenBLAS lets its threads spin for tens of milliseconds, from which torch suffers.
-    twin = {"numpy": calls.pop("numpy")}
+    twin = {"numpy": calls.pop("numpy")} if not others else {}
     times = in_turns(calls)
     return Result(case, {**times, **in_turns(twin)}, worst, _lib.measure_roof("read", 0))
 
@@ -235,7 +236,8 @@ def calls_of(
             tensors = [tuple(map(peers.tensor, some)) for some in arguments]
             outputs = tuple(map(peers.tensor, _outputs(case)))
             calls["torch"] = rotating(peers.PEERS[spec.name], tensors, out=outputs)
-    calls["numpy"] = rotating(spec.twin, arguments)
+    if not others:
+        calls["numpy"] = rotating(spec.twin, arguments)
     return calls
 
 

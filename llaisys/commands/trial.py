@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .bench import Phase
-from .check import EXIT_FAULT, EXIT_INCONCLUSIVE, render
+from .check import EXIT_FAULT, EXIT_INCONCLUSIVE, TOLD, render
 from .common import Progress, StorageType, command, printable
 
 if TYPE_CHECKING:
@@ -28,35 +28,39 @@ def trial(
     ] = None,
     threads: Annotated[
         int | None,
-        typer.Option(min=1, max=1024, metavar="N", help="Threads of all.", show_default="physical cores"),
+        typer.Option(
+            min=1, max=1024, metavar="N", help="Threads of all.", show_default="1, 2, 3 and 8, and physical cores"
+        ),
     ] = None,
     flags: Annotated[str, typer.Option(help="More flags for the compiler.")] = "",
     bench: Annotated[bool, typer.Option(help="Time it.")] = True,
 ) -> None:
-    """Hold a kernel of your own to the SPEC of its operator, and time it beside the library's, torch and the twin.
+    """Hold a kernel of your own to the SPEC of its operator, and time it beside the library's and torch.
 
     The file defines the C entry of the operator, as llaisys.h declares it: int32_t llaisysRope(...). It may refuse what
     it does not take with a status like LLAISYS_ERROR_UNSUPPORTED. A source is compiled by CXX or CC, else c++ or cc,
     with -O3 -march=native. Exit status 0 if all that it takes is right, 1 if something is wrong, 2 if it takes nothing.
     """
-    import shlex
+    import signal
+    import sys
     from tempfile import TemporaryDirectory
 
     from .. import num_threads, set_num_threads
     from ..bench.roof import known_roofs
     from ..conformance import in_processes
-    from ..trial import Timing, build, jobs_of, spec_of
+    from ..trial import TIMEOUT, Timing, build, jobs_of, spec_of
 
     spec = spec_of(op)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # not without taking all away
     if threads is not None:
         set_num_threads(threads)
     dtypes = [dtype.value] if dtype else list(spec.dtypes)
     with TemporaryDirectory(prefix="llaisys-") as folder, Progress() as progress:
         progress.show(f"compiling {file.name}")
-        kernel = build(file, Path(folder), shlex.split(flags))
+        kernel = build(file, Path(folder), flags)
         results: list[Result] = []
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        for result in in_processes(jobs_of(op, kernel, dtypes), workers):
+        for result in in_processes(jobs_of(op, kernel, dtypes, threads, file), workers):
             results.append(result)
             progress.show(f"{op} {result.dtype}: {len(results)} cases")
         rows: list[dict[str, Any]] = []
@@ -65,7 +69,7 @@ def trial(
             progress.show("measuring the roofs of the machine")
             roofs = known_roofs(num_threads())
             timings = [Timing(op, name, str(kernel), phase.value if phase else None, roofs) for name in right]
-            for found in in_processes(timings, workers=1):
+            for found in in_processes(timings, 1, TIMEOUT):
                 if isinstance(found, list):
                     rows += found
                     progress.show(f"timing {found[0]['dtype']} {found[0]['case']}")
@@ -80,8 +84,8 @@ def trial(
 
 def _right(results: Sequence[Result], dtype: str) -> bool:
     """Whether the kernel takes some calls in this dtype, and all those are right."""
-    mine = [result.outcome for result in results if result.dtype == dtype]
-    return "pass" in mine and set(mine) <= {"pass", "refused"}
+    mine = [result for result in results if result.dtype == dtype]
+    return any(r.local.checked for r in mine) and {r.outcome for r in mine} <= {"pass", "refused"}
 
 
 def _render(op: str, results: Sequence[Result], rows: Sequence[dict[str, Any]]) -> None:
@@ -95,7 +99,8 @@ def _render(op: str, results: Sequence[Result], rows: Sequence[dict[str, Any]]) 
     if rows:
         console.print()
         Console(highlight=False, width=max(console.width, 96)).print(_figures(op, rows).rich())
-        console.print("[dim]Medians in microseconds, measured in turns. x: how many times as fast yours is.[/]")
+        note = "Medians in microseconds, measured in turns; -: more than a second. x: how many times as fast yours is."
+        console.print(f"[dim]{note}[/]")
 
 
 def _refusals(results: Sequence[Result]) -> Iterator[str]:
@@ -106,7 +111,9 @@ def _refusals(results: Sequence[Result]) -> Iterator[str]:
         if len(refused) == len(mine):
             yield f"{dtype}, {refused[0].refused}"
         else:
-            yield from (f"{dtype}, {result.case}, {result.refused}" for result in refused)
+            for text in dict.fromkeys(result.refused for result in refused):
+                cases = [result.case for result in refused if result.refused == text]
+                yield f"{dtype}, {text}: {len(cases)} cases ({', '.join(cases[:TOLD])}{', ...' * (len(cases) > TOLD)})"
             yield from (f"{dtype}, {way}" for way in dict.fromkeys(w for r in mine for w in r.variants_refused))
 
 
