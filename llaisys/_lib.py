@@ -372,6 +372,11 @@ def num_threads() -> int:
     return check_call(library().llaisysNumThreads())
 
 
+def usable_cpus() -> int:
+    """CPUs that this process may use, hyperthreads among them: as many processes as pay."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def measure_roof(roof: str, seconds: float) -> float:
     """What the machine does per second at best on the threads in use; see llaisysMeasureRoof in llaisys.h.
 

@@ -417,18 +417,22 @@ def _answer(pipe: connection.Connection, ask: Callable[[], Any]) -> None:
         pipe.send(error)
 
 
+def spec_of(op: str) -> Spec:
+    """The SPEC of an operator. InvalidArgumentError if there is none of that name."""
+    if op not in SPECS:
+        raise InvalidArgumentError(f"op: expected one of {', '.join(SPECS)}, found {op!r}")
+    return SPECS[op]
+
+
 def plan(
     ops: Sequence[str], dtypes: Sequence[str], isas: Sequence[str], threads: int | None, save: str | None
 ) -> list[Job]:
     """The jobs for some operators (all if none is named) and dtypes, the long ones first."""
-    unknown = [op for op in ops if op not in SPECS]
-    if unknown:
-        raise InvalidArgumentError(f"op: expected one of {', '.join(SPECS)}, found {unknown[0]!r}")
     counts = (threads,) if threads else THREADS
     jobs = [
-        Job(op, dtype, tuple(isas), counts, save)
-        for op in (ops or SPECS)
-        for dtype in SPECS[op].dtypes
+        Job(spec.name, dtype, tuple(isas), counts, save)
+        for spec in map(spec_of, ops or SPECS)
+        for dtype in spec.dtypes
         if not dtypes or dtype in dtypes
     ]
     return sorted(jobs, key=lambda job: "S" not in shape_letters(SPECS[job.op]))

@@ -49,7 +49,7 @@ REFUSALS = ("UNSUPPORTED", "DTYPE", "SHAPE", "STRIDE", "ALIAS")
 
 @contextmanager
 def replaced(spec: Spec, entry: Any) -> Iterator[None]:
-    """Calls of the operator inside go to `entry`, a function of ctypes that takes addresses."""
+    """Calls of the operator inside go to `entry`, a function of ctypes."""
     _entries[spec.c_name] = entry
     try:
         yield
@@ -172,14 +172,11 @@ def invoke(spec: Spec, values: Mapping[str, Any]) -> tuple[str, str]:
     """One call of the C entry: name of the status, text of the error. Values are arrays, C views, None and scalars."""
     views = {a.name: values.get(a.name) for a in spec.args}
     views = {name: tensor(x) if isinstance(x, np.ndarray) else x for name, x in views.items()}
-    scalars = [values[s.name] for s in spec.scalars]
-    entry = _entries.get(spec.c_name)
-    if entry is not None:
-        status = entry(*(None if x is None else ctypes.addressof(x) for x in views.values()), *scalars)
-        return _lib.library().llaisysStatusName(status).decode(), f"status {status}" if status else ""
     pointers = [None if x is None else ctypes.byref(x) for x in views.values()]
-    status = getattr(_lib.library(), spec.c_name)(*pointers, *scalars)
-    return _lib.library().llaisysStatusName(status).decode(), _lib.last_error() if status else ""
+    entry = _entries.get(spec.c_name, getattr(_lib.library(), spec.c_name))
+    status = entry(*pointers, *(values[s.name] for s in spec.scalars))
+    text = "" if status == 0 else f"status {status}" if spec.c_name in _entries else _lib.last_error()
+    return _lib.library().llaisysStatusName(status).decode(), text
 
 
 def _demand(holds: bool, message: str) -> None:

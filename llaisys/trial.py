@@ -26,13 +26,12 @@ from .bench.cases import Case, all_cases, run_case
 from .bench.measure import same_threads
 from .bench.roof import Roofs
 from .certify import Local
-from .conformance import Job, Result, answer
+from .conformance import Job, Result, answer, plan, spec_of
 from .errors import InvalidArgumentError, LibraryError, LlaisysError, status_error
-from .harness import REFUSALS, THREADS
+from .harness import REFUSALS
 from .ops import operator_of
-from .reference import SPECS, Spec
 
-__all__ = ["Timing", "build", "jobs_of", "operator", "spec_of"]
+__all__ = ["Timing", "build", "jobs_of", "operator"]
 
 #: Environment variable, command and language standard of the compilers, by suffix of the source.
 _CXX = ("CXX", "c++", "-std=c++20")
@@ -44,13 +43,6 @@ ELF = b"\x7fELF"
 TIMEOUT = 600.0
 #: Name of the kernel among the implementations that are timed.
 YOURS = "yours"
-
-
-def spec_of(op: str) -> Spec:
-    """The SPEC of an operator. InvalidArgumentError if there is none of that name."""
-    if op not in SPECS:
-        raise InvalidArgumentError(f"op: expected one of {', '.join(SPECS)}, found {op!r}")
-    return SPECS[op]
 
 
 def build(file: str | os.PathLike[str], folder: Path, flags: str | Sequence[str] = ()) -> Path:
@@ -117,8 +109,7 @@ def jobs_of(
     tier in use alone, as the kernel does not know of tiers. LibraryError if it has none."""
     spec, name = spec_of(op), file if name is None else name
     answer(str(name), f"the function {spec.c_name}", lambda: bool(_lib.operator_of_file(spec, file, name)))
-    counts = (threads,) if threads else THREADS
-    return [Job(op, dtype, (_lib.isa(),), counts, kernel=str(file)) for dtype in dtypes]
+    return [replace(job, kernel=str(file)) for job in plan([op], dtypes, [_lib.isa()], threads, None)]
 
 
 @dataclass(frozen=True)

@@ -244,12 +244,11 @@ def run_model(
     say: Callable[[str], None] = say_nothing,
     engines: tuple[str, ...] = COMPARED,
 ) -> ModelRuns:
-    """Run the processes of the engines in turns, `rounds` of each. Those that are not installed, or do not take such a
-    model (see `refusals`), are left out."""
+    """Run the processes of the engines in turns, `rounds` of each; those that are not installed are left out. All must
+    take such a model (see `refusals`)."""
     folder = make_checkpoint(size, say)
     config = Checkpoint.open(folder).config
-    refused = refusals(size, dtype, engines)
-    engines = tuple(name for name in engines if ENGINES[name].installed and name not in refused)
+    engines = tuple(name for name in engines if ENGINES[name].installed)
     for engine in engines:
         if ENGINES[engine].convert is not None:
             say(f"model {size} {dtype}: converting it for {engine}")

@@ -148,9 +148,11 @@ def _measure(
         if MODEL in what:
             for size in sizes or ["tiny", "0.5B"]:
                 for dtype in dtypes or ["bf16"]:
-                    for name, reason in refusals(size, dtype, compared, progress.show).items():
+                    refused = refusals(size, dtype, compared, progress.show)
+                    for name, reason in refused.items():
                         typer.echo(f"{size} {dtype} without {name}: {reason}", err=True)
-                    rows += measure_model(size, dtype, roofs, rounds, progress.show, compared)
+                    taken = tuple(name for name in compared if name not in refused)
+                    rows += measure_model(size, dtype, roofs, rounds, progress.show, taken)
     return report.document(roofs, rows)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -54,6 +53,7 @@ def check(
     hang is a fault of the case it happens in. Exit status 0 if all keep to it, 1 if one does not, 2 if nothing was
     checked or (of captured calls, which are not repeated) something stays suspect.
     """
+    from .._lib import usable_cpus
     from ..conformance import conformance, plan, tiers
 
     if save is not None:
@@ -69,9 +69,8 @@ def check(
         chosen = (isa.value,) if isa else available
         jobs = plan(ops or [], [dtype.value] if dtype else [], chosen, threads, str(save) if save else None)
         results = []
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         with Progress() as progress:
-            for result in conformance(jobs, workers):
+            for result in conformance(jobs, usable_cpus()):
                 results.append(result)
                 progress.show(f"{result.op} {result.dtype} {result.isa}: {len(results)} cases")
     if as_json is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -46,9 +45,10 @@ def trial(
     from tempfile import TemporaryDirectory
 
     from .. import num_threads, set_num_threads
+    from .._lib import usable_cpus
     from ..bench.roof import known_roofs
-    from ..conformance import in_processes
-    from ..trial import TIMEOUT, Timing, build, jobs_of, spec_of
+    from ..conformance import in_processes, spec_of
+    from ..trial import TIMEOUT, Timing, build, jobs_of
 
     spec = spec_of(op)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # not without taking all away
@@ -59,8 +59,7 @@ def trial(
         progress.show(f"compiling {file.name}")
         kernel = build(file, Path(folder), flags)
         results: list[Result] = []
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        for result in in_processes(jobs_of(op, kernel, dtypes, threads, file), workers):
+        for result in in_processes(jobs_of(op, kernel, dtypes, threads, file), usable_cpus()):
             results.append(result)
             progress.show(f"{op} {result.dtype}: {len(results)} cases")
         rows: list[dict[str, Any]] = []

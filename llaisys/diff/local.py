@@ -7,7 +7,6 @@ for each other and are certified as one, where each row stands for itself.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +15,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from .._lib import usable_cpus
 from ..certify import Local, certify
 from ..models.nodes import Kernel, as_outputs, kernel_function
 from ..reference import Spec
@@ -36,8 +36,7 @@ class Certifier:
         self, ledger: Ledger, budget: int, kernels: Mapping[str, Kernel], done: Callable[[Entry], None]
     ) -> None:
         self._ledger, self._kernels, self._done = ledger, kernels, done
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = max(1, min(workers, 8))
+        workers = min(usable_cpus(), 8)
         self._budget = budget // workers
         self._pool = ThreadPoolExecutor(workers, "certify")
         self._pending: deque[Future[None]] = deque()

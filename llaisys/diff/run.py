@@ -299,8 +299,7 @@ class Runner:
 
     def _repeat(self, certifier: Certifier) -> None:
         """The same tokens in other ways."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        more = max(2 * cores + 1, self.threads + 1)
+        more = max(2 * _lib.usable_cpus() + 1, self.threads + 1)
         tokens, count = self.tokens, len(self.tokens)
 
         def again(scene: str, threads: int, visit: Visitor | None = None) -> Watch:
