@@ -81,13 +81,16 @@ def load_weights(checkpoint: Checkpoint, put: Put, threads: int, progress: Progr
 
 
 def _end(ended: threading.Event, team: list[threading.Thread]) -> None:
-    """Wait until all threads are done, also where Ctrl-C comes again meanwhile; that is raised afterwards."""
+    """Wait until all threads are done, also where Ctrl-C comes again meanwhile; that is raised afterwards.
+
+    A thread whose start was itself interrupted may not be alive yet. It finds `ended` set and takes nothing on.
+    """
     again: KeyboardInterrupt | None = None
     while True:
         try:
             ended.set()
             for thread in team:
-                if thread.ident is not None:
+                if thread.is_alive():
                     thread.join()
             break
         except KeyboardInterrupt as interrupt:
