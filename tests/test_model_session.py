@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import mmap
 import signal
 import subprocess
 import sys
@@ -292,6 +293,22 @@ def test_close(model: Qwen2, folder: Path) -> None:
             use()
     assert session.forward([1]).shape == (1, VOCAB)
     assert "closed" in repr(other)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_truncate_gives_memory_back(tiny: Qwen2) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    config = tiny.config
+    row = config.num_key_value_heads * config.head_dim * 2
+    caches, kept = 2 * config.num_hidden_layers, 128 << 10  # for the tokens that come next
+    with tiny.session() as session:
+        session.forward(some(2000), last=0)
+        before = resident()
+        session.truncate(100)
+        freed = before - resident()
+    assert freed >= caches * (1900 * row - kept) * 0.9
 
 
 def test_tokens_computed(model: Qwen2) -> None:
