@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import mmap
@@ -295,20 +296,37 @@ def test_close(model: Qwen2, folder: Path) -> None:
     assert "closed" in repr(other)
 
 
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+def bytes_of_a_token(model: Qwen2) -> int:
+    """In one of the caches, of which each layer has two."""
+    return model.config.num_key_value_heads * model.config.head_dim * 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_sessions_share_what_only_a_call_needs(tiny: Qwen2) -> None:
+    tokens = some(500)
+    with contextlib.ExitStack() as sessions:
+        sessions.enter_context(tiny.session()).forward(tokens, last=1)
+        before = resident()
+        for _ in range(20):
+            sessions.enter_context(tiny.session()).forward(tokens, last=1)
+        grown = resident() - before
+    caches = 2 * tiny.config.num_hidden_layers * 500 * bytes_of_a_token(tiny)
+    assert 20 * caches * 0.9 < grown < 20 * caches * 1.5
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_truncate_gives_memory_back(tiny: Qwen2) -> None:
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
-
-    config = tiny.config
-    row = config.num_key_value_heads * config.head_dim * 2
-    caches, kept = 2 * config.num_hidden_layers, 128 << 10  # for the tokens that come next
+    caches, kept = 2 * tiny.config.num_hidden_layers, 128 << 10  # for the tokens that come next
     with tiny.session() as session:
         session.forward(some(2000), last=0)
         before = resident()
         session.truncate(100)
         freed = before - resident()
-    assert freed >= caches * (1900 * row - kept) * 0.9
+    assert freed >= caches * (1900 * bytes_of_a_token(tiny) - kept) * 0.9
 
 
 def test_tokens_computed(model: Qwen2) -> None:

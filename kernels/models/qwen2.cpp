@@ -203,8 +203,25 @@ void Model::seal() {
     sealed_ = true;
 }
 
+std::unique_ptr<Workspace> Model::take_workspace() {
+    {
+        const std::lock_guard lock(workspaces_mutex_);
+        if (std::unique_ptr<Workspace> first = std::move(workspaces_)) {
+            workspaces_ = std::move(first->next);
+            return first;
+        }
+    }
+    return std::make_unique<Workspace>();
+}
+
+void Model::give_back(std::unique_ptr<Workspace> workspace) {
+    const std::lock_guard lock(workspaces_mutex_);
+    workspace->next = std::move(workspaces_);
+    workspaces_ = std::move(workspace);
+}
+
 // Marks a session as in use, so that a second call at the same time is refused and not computed into the first one's
-// buffers.
+// cache.
 class Use {
 public:
     explicit Use(Session &session) : session_(session) {
@@ -219,7 +236,22 @@ private:
     Session &session_;
 };
 
-Session::Session(Model &model) : model_(model), caches_(model.layers.size()), buffers_(BUFFERS) {}
+// The workspace of a call, in the session's `place` for it.
+class Borrowed {
+public:
+    Borrowed(Model &model, std::unique_ptr<Workspace> &place) : model_(model), place_(place) {
+        place_ = model.take_workspace();
+    }
+    ~Borrowed() { model_.give_back(std::move(place_)); }
+    Borrowed(const Borrowed &) = delete;
+    Borrowed &operator=(const Borrowed &) = delete;
+
+private:
+    Model &model_;
+    std::unique_ptr<Workspace> &place_;
+};
+
+Session::Session(Model &model) : model_(model), caches_(model.layers.size()) {}
 
 void Session::set_tap(LlaisysTap tap, void *user) {
     const Use use(*this);
@@ -253,10 +285,10 @@ void Session::grow(int64_t length) {
     capacity_ = wanted;
 }
 
-LlaisysTensor Session::buffer(Buffer i, std::initializer_list<int64_t> shape) {
+LlaisysTensor Session::buffer(Workspace::Buffer i, std::initializer_list<int64_t> shape) {
     LlaisysTensor t = view(nullptr, model_.meta.dtype, shape);
-    buffers_[i].reserve(size_t(numel(t) * dtype_size(t.dtype)));
-    t.data = buffers_[i].data();
+    work_->buffers[i].reserve(size_t(numel(t) * dtype_size(t.dtype)));
+    t.data = work_->buffers[i].data();
     return t;
 }
 
@@ -296,6 +328,7 @@ void Session::forward(const int64_t *tokens, int64_t count, float *logits, int64
                  (long long)tokens[i], (long long)i);
     model_.seal();
     grow(length_ + count);
+    const Borrowed workspace(model_, work_);
     for (int64_t begin = 0; begin < count; begin += CHUNK) {
         const int64_t end = std::min(begin + CHUNK, count);
         const int64_t wanted = std::clamp<int64_t>(end - (count - nlogits), 0, end - begin);
@@ -311,12 +344,14 @@ void Session::chunk(const int64_t *tokens, int64_t count, int64_t position, floa
     const int64_t inner = int64_t(m.di), T = count, S = position + count;
     const float eps = m.epsilon, theta = m.theta, scale = float(1.0 / std::sqrt(double(dim)));
 
-    positions_.resize(size_t(T));
-    for (int64_t t = 0; t < T; ++t) positions_[size_t(t)] = position + t;
+    auto &positions = work_->positions;
+    positions.resize(size_t(T));
+    for (int64_t t = 0; t < T; ++t) positions[size_t(t)] = position + t;
     const LlaisysTensor index = view(const_cast<int64_t *>(tokens), LLAISYS_DTYPE_I64, {T});
-    const LlaisysTensor pos = view(positions_.data(), LLAISYS_DTYPE_I64, {T});
+    const LlaisysTensor pos = view(positions.data(), LLAISYS_DTYPE_I64, {T});
 
     // The residual stream goes back and forth between two buffers.
+    using enum Workspace::Buffer;
     LlaisysTensor h = buffer(H0, {T, hidden}), next = buffer(H1, {T, hidden}), x = buffer(X, {T, hidden});
     LlaisysTensor q = buffer(Q, {T, heads * dim}), k = buffer(K, {T, kv_heads * dim});
     LlaisysTensor attn = buffer(ATTN, {T, heads * dim}), o = buffer(O, {T, hidden});
@@ -406,7 +441,7 @@ void Session::head(const LlaisysTensor &x, int64_t position, float *logits) {
     for (int64_t begin = 0; begin < count; begin += most) {
         const int64_t end = std::min(begin + most, count);
         const LlaisysTensor in = rows(x, begin, end), *weight = model_.head();
-        LlaisysTensor out = buffer(LOGITS, {end - begin, voc});
+        LlaisysTensor out = buffer(Workspace::LOGITS, {end - begin, voc});
         node(llaisysLinear(&out, &in, weight, nullptr), -1, "lm_head", "linear", position + begin,
              {&out, &in, weight, nullptr});
         convert_elements(logits + begin * voc, LLAISYS_DTYPE_F32, out.data, out.dtype, numel(out));
