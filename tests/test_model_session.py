@@ -320,13 +320,13 @@ def test_sessions_share_what_only_a_call_needs(tiny: Qwen2) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_truncate_gives_memory_back(tiny: Qwen2) -> None:
-    caches, kept = 2 * tiny.config.num_hidden_layers, 128 << 10  # for the tokens that come next
+    caches, kept = 2 * tiny.config.num_hidden_layers, 256 << 10  # for the tokens that come next
     with tiny.session() as session:
-        session.forward(some(2000), last=0)
+        session.forward(some(2040), last=0)
         before = resident()
         session.truncate(100)
         freed = before - resident()
-    assert freed >= caches * (1900 * bytes_of_a_token(tiny) - kept) * 0.9
+    assert freed >= caches * (1940 * bytes_of_a_token(tiny) - kept) * 0.9
 
 
 def test_tokens_computed(model: Qwen2) -> None:

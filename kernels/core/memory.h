@@ -19,7 +19,7 @@ public:
 
     // Makes room for `bytes`, keeping the contents, which may move. Throws std::bad_alloc.
     void reserve(size_t bytes);
-    // Gives the pages behind `bytes` back, but for the next 128 KiB, keeping the room; what they held is lost.
+    // Gives the pages behind `bytes` back, but for the next 256 KiB, keeping the room; what they held is lost.
     void release_behind(size_t bytes);
     char *data() const { return data_; }
     size_t size() const { return size_; }
