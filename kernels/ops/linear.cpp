@@ -63,6 +63,7 @@ template <class T>
 static void many_rows(const LinearArgs &args, float *sums, char *packed, int64_t first, int64_t last, int64_t begin,
                       int64_t end) {
     const int64_t columns = args.x.length, block = block_columns<T>(columns);
+    const int64_t tiles = (end - begin + TILE_FEATURES - 1) / TILE_FEATURES;
     for (int64_t c = 0; c < columns; c += block) {
         const int64_t width = columns - c < block ? columns - c : block, bytes = panel_bytes<T>(width);
         for (int64_t n = begin; n < end; n += TILE_FEATURES)
@@ -72,17 +73,14 @@ static void many_rows(const LinearArgs &args, float *sums, char *packed, int64_t
         const int64_t from = more ? c + block : 0, there = more ? end : args.weight.count;
         int64_t coming = more ? begin : end;
         const int64_t until = there - coming < end - begin ? there : coming + (end - begin);
-        int64_t others = (last - first) * ((end - begin + TILE_FEATURES - 1) / TILE_FEATURES) - (until - coming);
+        int64_t others = (last - first) * tiles - (until - coming);
         for_tiles(args, first, last, [&]<int M>(int64_t, int64_t row) {
             const char *x = block_of<T>(args, c) + row * bytes;
             float *out = sums + (row - tile_row(args, first)) * LINEAR_FEATURES;
-            for (int64_t n = begin; n < end; n += TILE_FEATURES) {
-                const int64_t turn = (n - begin) / TILE_FEATURES;
-                const void *ahead = x + (turn < M ? M + turn : 0) * bytes;
-                if (--others < 0 && coming < until) ahead = weights<T>(args, coming++) + from;
-                panel_tile<T, M>(out + (n - begin), LINEAR_FEATURES, x, packed + (n - begin) * bytes, bytes, c == 0,
-                                 (const char *)ahead);
-            }
+            panel_tiles<T, M>(out, LINEAR_FEATURES, x, packed, bytes, tiles, c == 0, [&](int64_t turn) {
+                if (--others < 0 && coming < until) return (const char *)(weights<T>(args, coming++) + from);
+                return x + (turn < M ? M + turn : 0) * bytes;
+            });
         });
     }
 }
