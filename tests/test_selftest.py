@@ -12,7 +12,7 @@ import pytest
 
 from llaisys.errors import InvalidArgumentError
 from llaisys.selftest import rules
-from llaisys.selftest.build import Builder, Patch, source_tree
+from llaisys.selftest.build import GATE, Builder, Patch, source_tree
 from llaisys.selftest.mutants import LEGAL, MUTANTS
 from llaisys.selftest.run import Case, Plan, expected_sites, run
 from llaisys.selftest.summary import DIFFER, FIRST, misses, summarise
@@ -36,6 +36,8 @@ def test_every_fault_fits_the_sources() -> None:
                 continue
             text = (ROOT / patch.file).read_text()
             assert text.count(patch.old) == 1 or "llaisysMutantLayer" in patch.old, f"{mutant.name}: {patch.old!r}"
+    for patch in GATE:
+        assert (ROOT / patch.file).read_text().count(patch.old) == 1, patch.old
 
 
 def test_there_are_enough_faults_of_each_kind() -> None:

@@ -56,8 +56,8 @@ GATE = (
     ),
     Patch(
         "kernels/models/qwen2.cpp",
-        "    positions_.resize(size_t(T));\n",
-        "    llaisysMutantOn = llaisysMutantLayer < 0;\n    positions_.resize(size_t(T));\n",
+        "    positions.resize(size_t(T));\n",
+        "    llaisysMutantOn = llaisysMutantLayer < 0;\n    positions.resize(size_t(T));\n",
     ),
 )
 _HEADER = """#pragma once

@@ -78,7 +78,7 @@ ENGINE = (
         ("PARAM",),
         _engine(
             _LOOP,
-            _LOOP + "        std::vector<int64_t> moved(positions_);\n"
+            _LOOP + "        std::vector<int64_t> moved(positions);\n"
             "        for (int64_t &p : moved) p += MUTANT;\n"
             "        const LlaisysTensor pos = view(moved.data(), LLAISYS_DTYPE_I64, {T});\n",
         ),

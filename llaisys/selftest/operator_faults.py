@@ -381,11 +381,9 @@ LINEAR = (
         _LINEAR_SITES,
         (
             "ops/linear_tile.h",
-            "    hsums<M * N>(sums, sum);\n    for (int m",
-            "    hsums<M * N>(sums, sum);\n"
-            "    if (M > 1 && MUTANT) {\n"
-            "        const float one = sums[1];\n        sums[1] = sums[N];\n        sums[N] = one;\n    }\n"
-            "    for (int m",
+            "            to = first ? sums[m * N + n] : to + sums[m * N + n];\n",
+            "            const int i = m * N + n, from = M == 1 || !MUTANT ? i : i == 1 ? N : i == N ? 1 : i;\n"
+            "            to = first ? sums[from] : to + sums[from];\n",
         ),
     ),
     _local(
