@@ -1,8 +1,8 @@
 // out = r(x weight^T + bias), with weight [N, C] as it lies in the checkpoint.
 //
-// Rows of x are packed into panels once, for all threads. Few rows are multiplied by the weights on their way from
-// memory; for many, blocks of the weights are packed too, into memory of the thread's own.
-#include "linear_few.h"
+// Rows of x are packed into panels once, for all threads. Few rows, or some, are multiplied by the weights on their way
+// from memory; for many, blocks of the weights are packed too, into memory of the thread's own.
+#include "linear_some.h"
 
 #if defined(__AMX_BF16__)
 #include "linear_amx.h"
@@ -13,6 +13,7 @@ namespace llaisys {
 // What the panel, 0 if x is not packed, and the work of a thread take, and what the rows of x are cut into.
 struct LinearPlan {
     int64_t panel_bytes, work_bytes;
+    int64_t tile;  // rows of a tile at most, where tiles are all of nearly the same number
     int64_t tiles; // of rows
     int64_t unit;  // features that parts of the work are multiples of: whole tiles
     int64_t most;  // features of a part of the work
@@ -106,6 +107,7 @@ LinearPlan linear_plan(const LinearArgs &args) {
         if constexpr (ON_TILES<T>) {
             plan = {tile_panel_bytes<T>(args.rows, args.x.length),
                     tile_work_bytes<T>(args.rows),
+                    0,
                     tile_blocks(args.rows),
                     GROUP<T>,
                     TILE_FEATURES_AT_ONCE<T>,
@@ -115,12 +117,16 @@ LinearPlan linear_plan(const LinearArgs &args) {
 #endif
         if (args.rows > 1 || !in_stream<T>(1, args.x.length)) // else stream_features reads x where it lies
             plan.panel_bytes = args.rows * panel_bytes<T>(args.x.length);
-        plan.tiles = tiles_of(args);
+        const bool some = some_rows_pay<T>(args.rows, args.x.length);
+        plan.tile = some ? SOME_TILE_ROWS : TILE_ROWS;
+        plan.tiles = (args.rows + plan.tile - 1) / plan.tile;
         plan.unit = VECTOR_UNIT;
         plan.most = LINEAR_FEATURES;
         plan.parts = 4;
-        plan.work_bytes =
-            sums + (plan.tiles <= FEW_TILES<T> ? args.rows * PART_FEATURES * REG : LINEAR_FEATURES * BLOCK_BYTES);
+        plan.work_bytes = sums;
+        if (!some)
+            plan.work_bytes +=
+                plan.tiles <= FEW_TILES<T> ? args.rows * PART_FEATURES * REG : LINEAR_FEATURES * BLOCK_BYTES;
     });
     return plan;
 }
@@ -152,7 +158,9 @@ void linear(const LinearArgs &args, int64_t first, int64_t last, int64_t begin, 
         char *packed = work + rows * LINEAR_FEATURES * int64_t(sizeof(float));
         if (args.x.length == 0)
             memset(sums, 0, size_t(packed - work));
-        else if (last - first <= FEW_TILES<T>)
+        else if (some_rows_pay<T>(args.rows, args.x.length)) {
+            if constexpr (Product<T>::REGS == 1) some_rows<T>(args, sums, first, last, begin, end);
+        } else if (last - first <= FEW_TILES<T>)
             few_rows<T>(args, sums, (float *)packed, first, last, begin, end);
         else
             many_rows<T>(args, sums, packed, first, last, begin, end);
@@ -249,10 +257,12 @@ static void run_linear(LinearGroup &group) {
         args.row = pass * total / passes;
         args.rows = (pass + 1) * total / passes - args.row;
         const LinearPlan plan = linear_plan_kernel.get()(args);
+        args.tile = plan.tile;
         args.panel = static_cast<char *>(scratch(SLOT_INPUT, size_t(plan.panel_bytes)));
         for (size_t i = 1; i < group.count; ++i) {
             group.args[i].row = args.row;
             group.args[i].rows = args.rows;
+            group.args[i].tile = args.tile;
             group.args[i].panel = args.panel;
         }
         if (plan.panel_bytes > 0)
@@ -283,6 +293,7 @@ int32_t linear_layers(const LlaisysTensor *x, std::initializer_list<LinearLayer>
                                          make_rows(*weight),
                                          bias ? static_cast<const char *>(bias->data) : nullptr,
                                          nullptr,
+                                         0,
                                          0,
                                          0,
                                          x->dtype};

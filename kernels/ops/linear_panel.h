@@ -16,13 +16,14 @@ struct LinearArgs {
     char *panel;      // rows of x in the form that the kernel multiplies
     int64_t row;      // of x: the first in the panel
     int64_t rows;     // in the panel, at most LINEAR_ROWS
+    int64_t tile;     // rows of a tile at most, as the plan says
     int32_t dtype;
 };
 
 namespace LLAISYS_TIER {
 
 // Of x: tiles of nearly the same number of rows. Tile t starts at row t * rows / tiles.
-static inline int64_t tiles_of(const LinearArgs &args) { return (args.rows + TILE_ROWS - 1) / TILE_ROWS; }
+static inline int64_t tiles_of(const LinearArgs &args) { return (args.rows + args.tile - 1) / args.tile; }
 static inline int64_t tile_row(const LinearArgs &args, int64_t tile) { return tile * args.rows / tiles_of(args); }
 
 // Where the block of the panel that starts with column c begins, the first of a block.
@@ -36,8 +37,8 @@ static inline const T *weights(const LinearArgs &args, int64_t n) {
     return (const T *)(args.weight.base + n * args.weight.step[0]);
 }
 
-// Calls `call` with `rows`, 1 to TILE_ROWS, as a constant.
-template <class Call>
+// Calls `call` with `rows`, 1 to MOST, as a constant.
+template <int64_t MOST = TILE_ROWS, class Call>
 static inline void with_rows(int64_t rows, Call call) {
     switch (rows) {
     case 1: return call.template operator()<1>();
@@ -45,7 +46,7 @@ static inline void with_rows(int64_t rows, Call call) {
     case 3: return call.template operator()<3>();
     case 4: return call.template operator()<4>();
     }
-    if constexpr (TILE_ROWS > 4) {
+    if constexpr (MOST > 4) {
         if (rows == 5) return call.template operator()<5>();
         call.template operator()<6>();
     }

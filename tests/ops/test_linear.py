@@ -55,7 +55,7 @@ class TestLinear(OperatorTests):
         x, weight, bias = (rng.standard_normal(s, dtype=np.float32).astype(kind) for s in shapes.values())
         with using(tier, 2):
             whole = ops.linear(x, weight, bias)
-            for rows in (1, 2, 3, 5, 6, 7, 13, 16, 17, 25, 36, 37, 64, 65, 128, 129, 512, 516):
+            for rows in (1, 2, 3, 5, 6, 7, 13, 16, 17, 19, 25, 36, 37, 64, 65, 128, 129, 192, 193, 512, 516):
                 first = 517 - rows
                 assert ops.linear(x[first:], weight, bias).tobytes() == whole[first:].tobytes(), rows
             for begin, end in ((0, 1), (3, 8), (7, 20), (16, 32), (33, 130), (97, 98)):
