@@ -58,7 +58,8 @@ static inline void some_tile(float *out, int64_t out_row, const char *x, const T
 // The features [begin, end), a multiple of SOME_FEATURES. What is asked for are those that come next, row after row and
 // evenly beside all tiles; asked for twice as early, or from two places, 16 rows of the above took 608 us. The tiles
 // are taken back and forth, so that those that were last are still in the first-level cache: 16 rows 615, and 677
-// without.
+// without. To begin a tile within the end of the one before, as panel_tiles does, gains 2 % with 128 rows and loses 8 %
+// with 24 rows of 8960 columns.
 template <class T>
 static void some_features(const LinearArgs &args, float *sums, int64_t first, int64_t last, int64_t begin,
                           int64_t end) {
