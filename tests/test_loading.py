@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import _thread
 import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -99,25 +99,37 @@ def test_what_ends_the_loading(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_an_interrupt_ends_the_loading(folder: Path, times: int) -> None:
+def test_an_interrupt_ends_the_loading(folder: Path, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
     """Ctrl-C, also once more while the threads are waited for: it is raised, and no thread outlives it.
 
-    Each comes while the loading waits, in plain Python code. A hail of them, one for every piece, once met a weak
-    reference's callback, which cannot raise, and then pytest's own handler of that.
+    Each comes while the loading waits. A hail of them, one for every piece, once met a weak reference's callback, which
+    cannot raise, and then pytest's own handler of that.
     """
-    checkpoint, once, loads = Checkpoint.open(folder), threading.Lock(), threading.Event()
-    first = next(iter(checkpoint.names()))
+    checkpoint, once, loads, ends = Checkpoint.open(folder), threading.Lock(), threading.Event(), threading.Event()
+    first, done = next(iter(checkpoint.names())), []
+    true_end = loading._end
+
+    def end(*args: Any) -> None:
+        ends.set()
+        true_end(*args)
+
+    def interrupt() -> None:
+        time.sleep(0.05)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     def put(name: str, *_: Any) -> None:
         if name != first and loads.wait(10) and once.acquire(blocking=False):
-            for _time in range(times):
-                time.sleep(0.05)
-                _thread.interrupt_main()
-            time.sleep(0.05)
+            interrupt()
+            assert ends.wait(10)
+            if times > 1:
+                interrupt()
+            time.sleep(0.2)
+            done.append(name)
 
+    monkeypatch.setattr(loading, "_end", end)
     with pytest.raises(KeyboardInterrupt):
         loading.load_weights(checkpoint, put, 3, lambda *_: loads.set())
-    assert no_thread_is_left()
+    assert done and no_thread_is_left()
 
 
 def test_a_file_that_shrinks_meanwhile_is_refused(folder: Path) -> None:

@@ -25,9 +25,9 @@ struct Kernel {
         : tier{scalar, avx2, avx512, amx}, bf16(avx512bf16) {}
     Fn *tier[TIERS];
     Fn *bf16; // that of the avx512 tier, with AVX512_BF16
-    // The kernel of the active tier, or of the best one below it.
-    Fn *get() const {
-        int t = active_tier();
+    // The kernel of a tier, or of the best one below it. Who needs several reads the tier once: it may change meanwhile.
+    Fn *get(Tier of = active_tier()) const {
+        int t = of;
         while (!tier[t]) --t;
         return t == AVX512 && bf16 && has_avx512_bf16() ? bf16 : tier[t];
     }

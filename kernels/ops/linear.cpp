@@ -249,14 +249,15 @@ struct LinearGroup {
 };
 
 static void run_linear(LinearGroup &group) {
-    const auto kernel = linear_kernel.get();
-    const auto pack = linear_pack_kernel.get();
+    const Tier tier = active_tier();
+    const auto kernel = linear_kernel.get(tier);
+    const auto pack = linear_pack_kernel.get(tier);
     LinearArgs &args = group.args[0];
     const int64_t total = args.x.count, passes = (total + LINEAR_ROWS - 1) / LINEAR_ROWS;
     for (int64_t pass = 0; pass < passes; ++pass) {
         args.row = pass * total / passes;
         args.rows = (pass + 1) * total / passes - args.row;
-        const LinearPlan plan = linear_plan_kernel.get()(args);
+        const LinearPlan plan = linear_plan_kernel.get(tier)(args);
         args.tile = plan.tile;
         args.panel = static_cast<char *>(scratch(SLOT_INPUT, size_t(plan.panel_bytes)));
         for (size_t i = 1; i < group.count; ++i) {

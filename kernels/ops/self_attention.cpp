@@ -422,14 +422,15 @@ void run_attention(LlaisysTensor *out, const LlaisysTensor *q, const LlaisysTens
     args.table = table;
     args.dtype = q->dtype;
 
+    const Tier tier = active_tier();
     const int64_t tile = tile_tokens(args), tiles = (args.tokens + tile - 1) / tile;
     const int64_t blocks = (args.keys + KEYS - 1) / KEYS, group = args.heads / args.kv_heads;
     const int64_t operations = 4 * args.tokens * args.keys * args.heads * args.head_dim;
     if (operations >= ATTENTION_SHORT && args.tokens * group <= SPLIT_ROWS && blocks > 1) {
-        args.partial = floats(SLOT_PARTIAL, args.kv_heads * blocks * attention_partial_kernel.get()(args));
-        const auto blocks_kernel = attention_blocks_kernel.get();
-        const auto merge_kernel = attention_merge_kernel.get();
-        const int64_t work = attention_work_kernel.get()(args, args.tokens, args.kv_heads);
+        args.partial = floats(SLOT_PARTIAL, args.kv_heads * blocks * attention_partial_kernel.get(tier)(args));
+        const auto blocks_kernel = attention_blocks_kernel.get(tier);
+        const auto merge_kernel = attention_merge_kernel.get(tier);
+        const int64_t work = attention_work_kernel.get(tier)(args, args.tokens, args.kv_heads);
         const int64_t run = std::clamp<int64_t>(blocks / (2 * num_threads()), 1, 64), parts = (blocks + run - 1) / run;
         parallel_for(parts, 1, [&](int64_t part, int64_t) {
             blocks_kernel(args, part * run, std::min(part * run + run, blocks), starts_share(part, parts),
@@ -441,8 +442,8 @@ void run_attention(LlaisysTensor *out, const LlaisysTensor *q, const LlaisysTens
         });
         return;
     }
-    const auto kernel = attention_kernel.get();
-    const int64_t count = args.kv_heads * tiles, work = attention_work_kernel.get()(args, tile, 1);
+    const auto kernel = attention_kernel.get(tier);
+    const int64_t count = args.kv_heads * tiles, work = attention_work_kernel.get(tier)(args, tile, 1);
     parallel_for(count, operations < ATTENTION_SMALL ? count : 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             // The last tokens see the most keys: they come first, so that no thread is left with a long one at the end.

@@ -30,9 +30,10 @@ def load_weights(checkpoint: Checkpoint, put: Put, threads: int, progress: Progr
     `progress` is called on the calling thread. What it raises, what a thread raises, and Ctrl-C end the loading.
     """
     tasks, lock, ended = _tasks(checkpoint), threading.Lock(), threading.Event()
+    done = [threading.Event() for _ in range(threads)]
     events: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
 
-    def work() -> None:
+    def work(number: int) -> None:
         buffer = np.empty(_PIECE, np.uint8)
         try:
             while not ended.is_set():
@@ -58,10 +59,11 @@ def load_weights(checkpoint: Checkpoint, put: Put, threads: int, progress: Progr
         except BaseException as error:
             events.put(error)
         finally:
+            done[number].set()
             events.put(None)
 
-    team = [threading.Thread(target=work, name=f"llaisys-load-{i}", daemon=True) for i in range(threads)]
-    running, done, total = 0, 0, checkpoint.nbytes
+    team = [threading.Thread(target=work, args=(i,), name=f"llaisys-load-{i}", daemon=True) for i in range(threads)]
+    running, loaded, total = 0, 0, checkpoint.nbytes
     try:
         for thread in team:
             thread.start()
@@ -73,22 +75,26 @@ def load_weights(checkpoint: Checkpoint, put: Put, threads: int, progress: Progr
             elif isinstance(event, BaseException):
                 raise event
             else:
-                done += event
+                loaded += event
                 if progress is not None:
-                    progress(done, total)
+                    progress(loaded, total)
     finally:
-        _end(ended, team)
+        _end(ended, team, done)
 
 
-def _end(ended: threading.Event, team: list[threading.Thread]) -> None:
+def _end(ended: threading.Event, team: list[threading.Thread], done: list[threading.Event]) -> None:
     """Wait until all threads are done, also where Ctrl-C comes again meanwhile; that is raised afterwards.
 
-    A thread whose start was itself interrupted may not be alive yet. It finds `ended` set and takes nothing on.
+    A thread whose start was itself interrupted may not be alive yet. It finds `ended` set and takes nothing on. What
+    is waited for first are the events: in Python 3.11 a thread whose `join` was interrupted counts as ended.
     """
     again: KeyboardInterrupt | None = None
     while True:
         try:
             ended.set()
+            for thread, event in zip(team, done, strict=True):
+                if thread.is_alive():
+                    event.wait()
             for thread in team:
                 if thread.is_alive():
                     thread.join()
