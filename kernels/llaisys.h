@@ -225,7 +225,8 @@ LLAISYS_API int64_t llaisysQwen2ModelInfer(LlaisysQwen2Model *model, int64_t *to
 /* Tokens that went through the layers since the model was created, over all its sessions. */
 LLAISYS_API int64_t llaisysQwen2ModelTokensComputed(LlaisysQwen2Model *model);
 
-/* A KV cache of its own over the weights of a model. */
+/* A KV cache of its own over the weights of a model. What only a call needs belongs to the model: a set of buffers for
+ * each call that was ever under way at once, freed with it. */
 LLAISYS_API LlaisysQwen2Session *llaisysQwen2SessionCreate(LlaisysQwen2Model *model);
 LLAISYS_API int32_t llaisysQwen2SessionDestroy(LlaisysQwen2Session *session);
 /* Appends tokens to the sequence and writes the logits of its last nlogits tokens (0 to ntoken) as f32 [nlogits, voc].
@@ -234,7 +235,8 @@ LLAISYS_API int32_t llaisysQwen2SessionForward(LlaisysQwen2Session *session, con
                                                float *logits, size_t nlogits);
 /* Tokens in the cache, or a negative status. */
 LLAISYS_API int64_t llaisysQwen2SessionLength(LlaisysQwen2Session *session);
-/* Drops all but the first `length` tokens, and gives memory back that is no longer used. */
+/* Drops all but the first `length` tokens, and gives memory back that is no longer used, but for 256 KiB of each cache
+ * of a layer, for the tokens that come next. */
 LLAISYS_API int32_t llaisysQwen2SessionTruncate(LlaisysQwen2Session *session, size_t length);
 
 /* What a tap sees of one node: an operator call of the forward pass, after it ran. The tensors are valid during the

@@ -16,10 +16,10 @@ namespace llaisys {
 
 static constexpr size_t PAGE = 4096, HUGE_PAGE = 2 << 20;
 
-// What release_behind leaves: 512 tokens of a cache of 1.5B. A page that comes back costs 1.2 us, giving it away an
-// interrupt of the other cores: of 1650 us that a prompt of 128 tokens after another one took in the embedded model,
-// these were 240, and 1 % of the 1.48 s of 512 tokens of 1.5B. (Huge pages would cost a seventh, and 2 MiB in each
-// cache for the first token; MADV_POPULATE_WRITE 1.1 us a page.)
+// What release_behind leaves: 512 tokens of a cache of 1.5B. A page that comes back costs 1.2 us, and giving pages away
+// an interrupt of the other cores. With all given back, a prompt of 128 tokens that follows another one took 1650 us in
+// the embedded model and takes 1410, and 512 tokens of 1.5B took 1 % more. (Huge pages would cost a seventh, and 2 MiB
+// in each cache for the first token; MADV_POPULATE_WRITE 1.1 us a page.)
 static constexpr size_t KEPT = 256 << 10;
 
 static void *map(size_t bytes) {

@@ -13,7 +13,7 @@ namespace llaisys {
 // What the panel, 0 if x is not packed, and the work of a thread take, and what the rows of x are cut into.
 struct LinearPlan {
     int64_t panel_bytes, work_bytes;
-    int64_t tile;  // rows of a tile at most, where tiles are all of nearly the same number
+    int64_t tile;  // rows of a tile of tile_row at most, 0 where matrix units take them
     int64_t tiles; // of rows
     int64_t unit;  // features that parts of the work are multiples of: whole tiles
     int64_t most;  // features of a part of the work
@@ -158,9 +158,9 @@ void linear(const LinearArgs &args, int64_t first, int64_t last, int64_t begin, 
         char *packed = work + rows * LINEAR_FEATURES * int64_t(sizeof(float));
         if (args.x.length == 0)
             memset(sums, 0, size_t(packed - work));
-        else if (some_rows_pay<T>(args.rows, args.x.length)) {
-            if constexpr (Product<T>::REGS == 1) some_rows<T>(args, sums, first, last, begin, end);
-        } else if (last - first <= FEW_TILES<T>)
+        else if (some_rows_pay<T>(args.rows, args.x.length))
+            some_rows<T>(args, sums, first, last, begin, end);
+        else if (last - first <= FEW_TILES<T>)
             few_rows<T>(args, sums, (float *)packed, first, last, begin, end);
         else
             many_rows<T>(args, sums, packed, first, last, begin, end);
@@ -213,7 +213,7 @@ struct LinearShare {
 };
 static LinearShare share_linear(int64_t units, const LinearPlan &plan) {
     const int64_t most = plan.most / plan.unit;
-    const int64_t threads = num_threads(), rows = (plan.tiles + 7) / 8;
+    const int64_t threads = num_threads(), rows = (plan.tiles + 7) / 8; // in groups of 8 tiles
     LinearShare share{units, (units + most - 1) / most, 1};
     if (rows == 1) // Few rows: all threads get some of the features, two units at least.
         share.parts = std::max(share.parts, std::min(units / 2, threads * 4));

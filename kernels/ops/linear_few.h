@@ -11,9 +11,9 @@ template <class T>
 constexpr bool AS_READ = sizeof(T) == sizeof(float) || Product<T>::REGS == 1;
 template <class T>
 constexpr bool FAST = Vec::N == 16 && AS_READ<T>;
-// Up to this many tiles of rows are multiplied by the weights where they lie, see few_rows. For 8960 features of 1536
-// columns, few_rows and many_rows took, in ms: 16 rows of bf16 0.71, 0.84, and 24 rows 1.15, 1.01; 24 rows of f16 1.84,
-// 1.93; in AVX2 12 rows of bf16 1.78, 2.12, and 16 rows 2.34, 2.04.
+// Up to this many tiles of rows are multiplied by the weights where they lie, see few_rows, unless some_rows is better.
+// For 8960 features of 1536 columns, few_rows and many_rows took, in ms: 16 rows of bf16 0.71, 0.84, and 24 rows 1.15,
+// 1.01; 24 rows of f16 1.84, 1.93; in AVX2 12 rows of bf16 1.78, 2.12, and 16 rows 2.34, 2.04.
 template <class T>
 constexpr int64_t FEW_TILES = Vec::N == 16 && !FAST<T> ? 6 : 3;
 
@@ -57,6 +57,7 @@ static inline void few_features(const LinearArgs &args, float *sums, int64_t fir
 // 16 rows of 1536 columns in bf16 are as large as that cache and came from the second-level one: 0.84 ms for 8960
 // features, 0.71 in parts, of which reading the weights is 0.55. 9 rows lose in parts, 0.76 ms against 0.68, and so do
 // f16 (18 rows 1.50 against 1.42) and AVX2 (12 rows of f32 2.15 against 1.94, of 8960 columns).
+// (In bf16 some_rows has taken the place of that since, but for rows of more than one block.)
 constexpr int64_t FEW_BYTES = 40 << 10;
 // Else x is cut into parts of the blocks, of about PART_BYTES for all rows, and the sums of PART_FEATURES features are
 // kept lane by lane from one part to the next.

@@ -16,7 +16,7 @@ struct LinearArgs {
     char *panel;      // rows of x in the form that the kernel multiplies
     int64_t row;      // of x: the first in the panel
     int64_t rows;     // in the panel, at most LINEAR_ROWS
-    int64_t tile;     // rows of a tile at most, as the plan says
+    int64_t tile;     // rows of a tile at most, as the plan says; 0 where matrix units take them
     int32_t dtype;
 };
 

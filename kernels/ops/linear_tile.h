@@ -231,9 +231,9 @@ static inline void panel_tiles(float *out, int64_t out_row, const char *x, const
         panel_tile<T, M>(out + i * TILE_FEATURES, out_row, x, w + i * TILE_FEATURES * bytes, bytes, first, ahead(i));
 }
 
-// The same, lane by lane, from a panel of M rows and N rows of the weights as they lie in memory, of which `columns`
-// are multiplied. While they are read, what lies `far` columns further in each row is asked for, up to column `turn`,
-// and from there on what is needed after it, at `next`.
+// out[m, n] = x[m, :] * w[n, :], lane by lane, from a panel of M rows and N rows of the weights as they lie in memory,
+// of which `columns` are multiplied. While they are read, what lies `far` columns further in each row is asked for, up
+// to column `turn`, and from there on what is needed after it, at `next`.
 template <class T, int M, int N>
 LLAISYS_INLINE static inline void memory_sums(Vec (&sum)[M * N], const char *x, const T *const (&w)[N], int64_t columns,
                                               const T *const (&next)[N], int64_t far, int64_t turn) {

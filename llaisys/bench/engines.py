@@ -116,7 +116,7 @@ def _load_native(folder: Path, dtype: str, threads: int, room: int) -> tuple[Gen
     seconds = time.perf_counter() - begin
 
     def generate(prompt: list[int], count: int, streamer: Any) -> None:
-        # Random prompts share no beginning of which anything could be used again.
+        # No reset: random prompts share no beginning worth using again, and the other engines keep their memory too.
         model.generate(prompt, count, do_sample=False, eos_token_id=[], streamer=streamer)
 
     return generate, seconds

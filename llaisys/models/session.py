@@ -130,7 +130,8 @@ class Session:
     """One sequence with a KV cache of its own; made by `Qwen2.session()`.
 
     Sessions of one model may run in several threads at once; two calls on one session at once are a StateError. A call
-    that raises leaves the session as it was. Memory is freed by `close()`, at the end of a `with`, or with the object.
+    that raises leaves the session as it was. The cache is freed by `close()`, at the end of a `with`, or with the
+    object; the buffers of a call belong to the model, so that sessions that wait have none.
     """
 
     def __init__(self, engine: Engine, config: Qwen2Config, sites: Mapping[str, str]) -> None:

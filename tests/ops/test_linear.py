@@ -13,7 +13,8 @@ from llaisys.reference.numerics import cast, f32
 from operator_tests import OperatorTests, need
 
 # Columns are summed in blocks of about 1024 (bf16 where the processor multiplies it: 2048), rows of x taken 4 or 6 (in
-# matrix units: 16) at a time; few of them meet the weights in memory, many meet packed ones, at most 516 at once.
+# matrix units: 16) at a time; few or some of them meet the weights in memory, many (from 193 on where the processor
+# multiplies bf16) packed ones, at most 516 at once.
 COLUMNS = (0, 1, 2, 15, 16, 1023, 1024, 1025, 2049)
 ROWS = (1, 2, 3, 4, 5, 8, 63, 64, 65, 130)
 
