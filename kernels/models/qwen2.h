@@ -65,9 +65,8 @@ public:
     // Throws STATE if a weight is missing; no weight can be loaded afterwards.
     void seal();
     // A workspace for a call, which gives it back; all are freed with the model. There are as many as calls were under
-    // way at once, and a new session
-    // finds pages that were written before. Of 2.4 ms that 128 tokens of the embedded model took in a fresh session,
-    // the pages of its own buffers were 0.6.
+    // way at once, and a new session finds pages that were written before: of 2.4 ms that 128 tokens of the embedded
+    // model took in a fresh session, the pages of its own buffers were 0.6.
     std::unique_ptr<Workspace> take_workspace();
     void give_back(std::unique_ptr<Workspace> workspace);
     const LlaisysTensor *head() const { return lm_head.get() ? lm_head.get() : embed.get(); }
