@@ -25,7 +25,8 @@ struct Kernel {
         : tier{scalar, avx2, avx512, amx}, bf16(avx512bf16) {}
     Fn *tier[TIERS];
     Fn *bf16; // that of the avx512 tier, with AVX512_BF16
-    // The kernel of a tier, or of the best one below it. Who needs several reads the tier once: it may change meanwhile.
+    // The kernel of a tier, or of the best one below it. Who needs several reads the tier once: it may change
+    // meanwhile.
     Fn *get(Tier of = active_tier()) const {
         int t = of;
         while (!tier[t]) --t;
