@@ -119,7 +119,7 @@ LinearPlan linear_plan(const LinearArgs &args) {
             plan.panel_bytes = args.rows * panel_bytes<T>(args.x.length);
         const bool some = some_rows_pay<T>(args.rows, args.x.length);
         plan.tile = some ? SOME_TILE_ROWS : TILE_ROWS;
-        plan.tiles = (args.rows + plan.tile - 1) / plan.tile;
+        plan.tiles = tiles_of(args.rows, plan.tile);
         plan.unit = VECTOR_UNIT;
         plan.most = LINEAR_FEATURES;
         plan.parts = 4;
@@ -158,7 +158,7 @@ void linear(const LinearArgs &args, int64_t first, int64_t last, int64_t begin, 
         char *packed = work + rows * LINEAR_FEATURES * int64_t(sizeof(float));
         if (args.x.length == 0)
             memset(sums, 0, size_t(packed - work));
-        else if (some_rows_pay<T>(args.rows, args.x.length))
+        else if (SOME_ROWS<T> && args.tile == SOME_TILE_ROWS)
             some_rows<T>(args, sums, first, last, begin, end);
         else if (last - first <= FEW_TILES<T>)
             few_rows<T>(args, sums, (float *)packed, first, last, begin, end);

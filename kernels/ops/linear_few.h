@@ -24,6 +24,15 @@ constexpr int64_t FEW_TILES = Vec::N == 16 && !FAST<T> ? 6 : 3;
 template <class T>
 constexpr int64_t AHEAD = AS_READ<T> ? 1024 : 1536;
 
+// The block that starts with column c, of one row of the weights after the other, from n on.
+template <class T>
+static inline Stream<T> stream_from(const LinearArgs &args, int64_t n, int64_t c) {
+    const int64_t left = args.x.length - c, block = block_columns<T>(args.x.length);
+    const int64_t bytes = (left < block ? left : block) * int64_t(sizeof(T));
+    const char *const at = (const char *)(weights<T>(args, n) + c);
+    return {at, at + bytes, bytes, args.weight.step[0]};
+}
+
 // N rows of the weights, straight from memory. The first tile of x brings a block of them into the first-level cache,
 // where the others find it; while the second one is multiplied, the next block is asked for.
 template <class T, int N>
@@ -85,9 +94,7 @@ static void few_parts(const LinearArgs &args, float *sums, float *lanes, int64_t
         const int64_t width = columns - c < block ? columns - c : block, bytes = panel_bytes<T>(width);
         const int64_t follows = c + width < columns ? c + width : 0; // the column that comes after this block
         const int64_t from = follows > 0 || end == args.weight.count ? begin : end;
-        const int64_t length = (columns - follows < block ? columns - follows : block) * int64_t(sizeof(T));
-        const char *const at_first = (const char *)(weights<T>(args, from) + follows);
-        Stream<T> later{at_first, at_first + length, length, args.weight.step[0]};
+        Stream<T> later = stream_from<T>(args, from, follows);
         for (int64_t at = 0; at < width; at += part) {
             const int64_t wide = width - at < part ? width - at : part;
             for (int64_t n = begin; n < end; n += N) {

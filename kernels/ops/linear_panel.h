@@ -23,8 +23,10 @@ struct LinearArgs {
 namespace LLAISYS_TIER {
 
 // Of x: tiles of nearly the same number of rows. Tile t starts at row t * rows / tiles.
-static inline int64_t tiles_of(const LinearArgs &args) { return (args.rows + args.tile - 1) / args.tile; }
-static inline int64_t tile_row(const LinearArgs &args, int64_t tile) { return tile * args.rows / tiles_of(args); }
+static inline int64_t tiles_of(int64_t rows, int64_t tile) { return (rows + tile - 1) / tile; }
+static inline int64_t tile_row(const LinearArgs &args, int64_t tile) {
+    return tile * args.rows / tiles_of(args.rows, args.tile);
+}
 
 // Where the block of the panel that starts with column c begins, the first of a block.
 template <class T>

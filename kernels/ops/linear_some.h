@@ -22,6 +22,7 @@ constexpr int SOME_FEATURES = 6;
 // MOST_BYTES of x, of a block, leave room in a second-level cache of 1 MiB.
 template <class T>
 constexpr bool SOME_ROWS = Product<T>::REGS == 1;
+static_assert(!SOME_ROWS<bf16> || SOME_TILE_ROWS < TILE_ROWS); // by which linear tells some rows from others
 template <class T>
 static inline bool some_rows_pay(int64_t rows, int64_t columns) {
     constexpr int64_t MOST_ROWS = 192, MOST_BYTES = 600 << 10, LEAST_BYTES = 1536;
@@ -79,9 +80,7 @@ static void some_features(const LinearArgs &args, float *sums, int64_t first, in
             const int64_t at = n + N < end ? c : c + width < columns ? c + width : 0;
             int64_t next = n + N == end && at > 0 ? begin : n + N;
             if (next + N > args.weight.count) next = n;
-            const int64_t length = (columns - at < block ? columns - at : block) * int64_t(sizeof(T));
-            const char *const start = (const char *)(weights<T>(args, next) + at);
-            Stream<T> later{start, start + length, length, args.weight.step[0]};
+            Stream<T> later = stream_from<T>(args, next, at);
 
             const T *w[N];
             for (int i = 0; i < N; ++i) w[i] = weights<T>(args, n + i) + c;

@@ -127,6 +127,19 @@ LLAISYS_INLINE static inline void add_sums(float *out, int64_t out_row, const Ve
     put_sums<M, N>(out, out_row, sums, first);
 }
 
+// The steps of a tile from x up to `end`, and of w beside it. As much from `ahead` on is asked for on the way.
+template <class T, int M>
+LLAISYS_INLINE static inline void panel_steps(Vec (&sum)[M * TILE_FEATURES], const char *x, const char *end,
+                                              const char *w, const char *ahead) {
+    constexpr int N = TILE_FEATURES;
+    for (; x != end; x += M * REG, w += N * REG, ahead += REG) {
+        typename Product<T>::Reg wv[N];
+        __builtin_prefetch(ahead);
+        for (int n = 0; n < N; ++n) wv[n] = Product<T>::get(w + n * REG);
+        multiply<T, M, N>(sum, x, wv);
+    }
+}
+
 // out[m, n] (+)= x[m, :] . w[n, :] over one block of `bytes` of each row, from a panel of M rows and one of
 // TILE_FEATURES. As much from `ahead` on, which is packed next, is asked for on the way.
 template <class T, int M>
@@ -135,12 +148,7 @@ static inline void panel_tile(float *out, int64_t out_row, const char *x, const 
     constexpr int N = TILE_FEATURES;
     Vec sum[M * N];
     clear<M, N>(sum);
-    for (const char *const end = x + M * bytes; x != end; x += M * REG, w += N * REG, ahead += REG) {
-        typename Product<T>::Reg wv[N];
-        __builtin_prefetch(ahead);
-        for (int n = 0; n < N; ++n) wv[n] = Product<T>::get(w + n * REG);
-        multiply<T, M, N>(sum, x, wv);
-    }
+    panel_steps<T, M>(sum, x, x + M * bytes, w, ahead);
     add_sums<M, N>(out, out_row, sum, first);
 }
 
@@ -198,14 +206,9 @@ static inline void joined_tiles(float *out, int64_t out_row, const char *x, cons
     Vec sum[M * N];
     begin_tile<T, M>(sum, x, w);
     for (int64_t i = 0;; out += N) {
-        const char *at = x + STEPS_AHEAD * M * REG, *weights = w + STEPS_AHEAD * N * REG, *coming = ahead(i);
+        const char *coming = ahead(i);
         for (int step = 0; step < STEPS_AHEAD; ++step, coming += REG) __builtin_prefetch(coming);
-        for (const char *const end = x + M * bytes; at != end; at += M * REG, weights += N * REG, coming += REG) {
-            typename Product<T>::Reg wv[N];
-            __builtin_prefetch(coming);
-            for (int n = 0; n < N; ++n) wv[n] = Product<T>::get(weights + n * REG);
-            multiply<T, M, N>(sum, at, wv);
-        }
+        panel_steps<T, M>(sum, x + STEPS_AHEAD * M * REG, x + M * bytes, w + STEPS_AHEAD * N * REG, coming);
         if (++i == count) return end_tile<T, M, false>(out, out_row, sum, x, w, first);
         w += N * bytes;
         end_tile<T, M, true>(out, out_row, sum, x, w, first);
