@@ -1,4 +1,4 @@
-// Whether the process may use tiles. A file of its own, as tests/amx_emulation has another answer.
+// Whether the process may use tiles. A file of its own, as tests/amx_emulation.cpp has another answer.
 #include "cpu.h"
 
 #if defined(__x86_64__) && defined(__linux__)

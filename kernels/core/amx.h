@@ -1,12 +1,23 @@
 // The eight tile registers, as functions: each takes its registers as template arguments, as the instructions do.
-// tests/amx_emulation has the same header for processors without tiles; meson's option `amx` chooses.
+// On processors without them, tests/amx_emulation.cpp does what these instructions would.
 #pragma once
-
-#include "core/tile_config.h"
 
 #include <stdint.h>
 
 namespace llaisys::LLAISYS_TIER {
+
+// The operand of ldtilecfg: rows and bytes a row of each tile.
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+};
+// All of them whole: 16 rows of 64 bytes.
+static inline TileConfig whole_tiles() {
+    TileConfig config;
+    for (int tile = 0; tile < 8; ++tile) config.row_bytes[tile] = 64, config.rows[tile] = 16;
+    return config;
+}
 
 // Assembly throughout: gcc 12's intrinsics want the registers as literals, and its _tile_loadconfig is taken to read
 // fewer bytes than it does, so that stores to the others are dropped.
