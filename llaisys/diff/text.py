@@ -105,9 +105,10 @@ def _fault(console: Console, report: Report, fault: Fault) -> None:
         row("shape", "; ".join(fault.shape))
     if fault.hypothesis:
         row("hypothesis", fault.hypothesis, "bold")
-    row("upstream", ", ".join(map(_short, fault.upstream)) + " certified" if fault.upstream else "nothing certified")
-    downstream = ", ".join(map(_short, fault.downstream))
-    row("downstream", downstream + " certified on what it was given" if downstream else "nothing certified")
+    if any(node.site == fault.site for node in report.nodes):
+        upstream, downstream = (", ".join(map(_short, sites)) for sites in (fault.upstream, fault.downstream))
+        row("upstream", upstream + " certified" if upstream else "nothing certified")
+        row("downstream", downstream + " certified on what it was given" if downstream else "nothing certified")
     if fault.swap:
         row("swap", fault.swap)
     if report.flips:
