@@ -52,6 +52,12 @@ class WeightBits:
         shape = self._checkpoint.shape_of(name)
         if array.shape != shape or array.dtype != self._dtype:
             return f"{argument}: expected {name}, {self._dtype}{list(shape)}, found {array.dtype}{list(array.shape)}"
+        text = self.differs(name, array)
+        return f"{argument}: expected {name} of the checkpoint, found {text}" if text else None
+
+    def differs(self, name: str, array: np.ndarray[Any, Any]) -> str | None:
+        """How an array of the right shape and dtype is other than a weight of the checkpoint, None if it is not."""
+        shape = array.shape
         step = max(1, _BLOCK * shape[0] // max(1, array.nbytes))
         wrong, first = 0, None
         for begin in range(0, shape[0], step):
@@ -66,10 +72,7 @@ class WeightBits:
         if first is None:
             return None
         origin = self._origin(name, array, first.index[0])
-        return (
-            f"{argument}: expected {name} of the checkpoint, found other bits in {wrong} of {shape[0]} rows, {first}"
-            f"{'; ' if origin else ''}{origin}"
-        )
+        return f"other bits in {wrong} of {shape[0]} rows, {first}{'; ' if origin else ''}{origin}"
 
     def _rows(self, name: str, begin: int, end: int) -> np.ndarray[Any, Any]:
         rows = self._checkpoint.rows(name, begin, end)
