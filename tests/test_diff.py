@@ -507,6 +507,33 @@ def test_infer_and_its_prefixes(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "llaisysQwen2ModelInfer after a prompt with one other token" in first.message
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_is_told(tmp_path: Path, value: float, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both sides agree on NaN, which certifies it; that the result is worth nothing is said beside."""
+    from llaisys.diff.html import to_html
+    from llaisys.diff.text import print_report
+
+    name = LAYER + "mlp.down_proj.weight"
+    weights = {key: x if x.ndim == 1 else x * x.shape[1] ** -0.5 for key, x in plain_weights(seed=5).items()}
+    weights[name][5, 3] = value
+    report = run(write_plain(tmp_path / "model", weights=weights))
+    assert report.exit_code == 0
+    print_report(report)
+    out = capsys.readouterr().out
+    assert out.splitlines()[1].startswith(f"NOT FINITE: {name} of the checkpoint is {value} at [5, 3]; ")
+    for text in (
+        f"in out is {LAYER}mlp.down_proj, the prompt, position 0",
+        "the logits of 15 positions are not finite",
+    ):
+        assert text in report.nonfinite and text in to_html(report)
+    assert "in the logits" not in out.partition("context")[2]
+    assert diff.Report.from_json(report.to_json()) == report
+
+
+def test_finite_runs_say_nothing_of_it(folder: Path) -> None:
+    assert run(folder, decode=1).nonfinite == ""
+
+
 # --------------------------------------------------------------------- context
 
 
@@ -580,3 +607,16 @@ def test_arguments_are_checked(folder: Path) -> None:
     ):
         with pytest.raises(InvalidArgumentError, match=text):
             run(folder, **options)  # type: ignore[arg-type]
+
+
+def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
+    import shutil
+
+    from llaisys.checkpoint import Checkpoint
+    from llaisys.errors import IndexRangeError
+
+    folder = write_plain(tmp_path / "model")
+    for path in Checkpoint.open("tiny").path.glob("tokenizer*"):
+        shutil.copy(path, folder)
+    with pytest.raises(IndexRangeError, match="prompt: the tokenizer gives .*, the model has 67 tokens"):
+        run(folder, tokens=None, prompt="def fibonacci(n):")

@@ -50,6 +50,9 @@ def finish(runner: Runner, report: Report, folder: str | None) -> None:
             fault = replace(fault, swap=_swapped(runner, fault))
         report.faults[i] = fault
     report.text = report.text or _text(runner, report.tokens)
+    text = _text(runner, report.prompt)
+    if text and runner.engine.tokenizer.encode(text) == report.prompt:
+        report.prompt_text = text
     report.flips = [
         replace(
             flip,

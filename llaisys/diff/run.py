@@ -15,12 +15,13 @@ import numpy as np
 from .. import _lib
 from ..checkpoint import Checkpoint
 from ..doctor import cpu_model
-from ..errors import InvalidArgumentError
+from ..errors import IndexRangeError, InvalidArgumentError
 from ..models import Qwen2
 from ..models.generation import CachedSequence
 from ..models.nodes import Kernel, choose_kernels
 from ..models.session import as_tokens
 from ..reference import FLOATS
+from .bits import first_nonfinite
 from .context import Context
 from .finish import finish
 from .ledger import MAIN, UNTAPPED, Entry, Ledger
@@ -117,6 +118,9 @@ def run(
         if tokens is None:
             assert prompt is not None
             ids = engine.tokenizer.encode(prompt)
+            size = engine.config.vocab_size
+            if ids and max(ids) >= size:
+                raise IndexRangeError(f"prompt: the tokenizer gives {max(ids)}, the model has {size} tokens")
         else:
             ids = as_tokens("tokens", tokens, engine.config.vocab_size).tolist()
         most = engine.config.max_position_embeddings
@@ -176,6 +180,8 @@ class Runner:
         self.context: Context | None = None
         self.writer: TraceWriter | None = None
         self.notes: list[str] = []
+        self.nonfinite: list[str] = []  # the first node that puts out NaN or infinities
+        self.odd_logits = 0
         self.tokens = list(prompt)
         self.following: list[int] = []  # the token that the run would go on with, after the prompt and each step
 
@@ -251,6 +257,7 @@ class Runner:
                 self.context.visit(entry)
             if self.writer is not None:
                 self.writer.visit(entry)
+            self._look(entry)
             self.ledger.entries.append(entry)
             certifier.submit(entry)
 
@@ -286,11 +293,20 @@ class Runner:
 
     def _step(self, watch: Watch, step: int, tokens: list[int], rows: int) -> None:
         logits = watch.forward(tokens, last=rows)
+        self.odd_logits += int(np.count_nonzero(~np.isfinite(logits).all(axis=1)))
         self.logits.keep(watch.length - len(logits), logits)
         self.following.append(int(logits[-1].argmax()))
         if self.context is not None:
             self.say("reference", step, "")
             self.context.step(step, tokens, logits, self.tokens)
+
+    def _look(self, entry: Entry) -> None:
+        """Note the first node whose output is not finite."""
+        for name, x in entry.outputs.items():
+            if not self.nonfinite and (odd := first_nonfinite(x)) is not None:
+                step = "the prompt" if entry.step == 0 else f"decode step {entry.step}"
+                where = f"{step}, position {entry.position + odd[0]}"
+                self.nonfinite.append(f"the first node with {x[odd].item()} in {name} is {entry.site}, {where}")
 
     def _decoy(self, watch: Watch, count: int) -> None:
         """Other tokens, which must leave no trace."""
@@ -409,6 +425,7 @@ class Runner:
             if entry.outcomes["REPEAT"] == "skipped":
                 entry.outcomes["REPEAT"] = "pass"
         info = _lib.library_info()
+        odd = [f"the logits of {self.odd_logits} positions are not finite"] if self.odd_logits else []
         return Report(
             model=self.path,
             dtype=self.engine.dtype,
@@ -430,6 +447,7 @@ class Runner:
             flips=[] if self.context is None else self.context.flips,
             drift=[] if self.context is None else self.context.drift,
             notes=self.notes,
+            nonfinite="; ".join([*filter(None, [self.weights.nonfinite]), *self.nonfinite, *odd]),
         )
 
 

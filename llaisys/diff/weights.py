@@ -8,7 +8,7 @@ import numpy as np
 
 from ..checkpoint import Checkpoint
 from ..reference.numerics import cast
-from .bits import first_difference
+from .bits import first_difference, first_nonfinite
 from .origins import explain_weight
 
 #: Bytes of a weight that are read and compared at once.
@@ -28,6 +28,8 @@ class WeightBits:
         self._checkpoint, self._dtype = checkpoint, dtype
         self._found: dict[tuple[Any, ...], str | None] = {}
         self._right: dict[str, np.ndarray[Any, Any]] = {}
+        self._looked: set[str] = set()
+        self.nonfinite = ""  #: the first NaN or infinity that a weight must have, as the checkpoint does
 
     def check(self, name: str, argument: str, array: np.ndarray[Any, Any]) -> str | None:
         """What is wrong with `array` as the weight `name`, None if nothing is."""
@@ -60,9 +62,14 @@ class WeightBits:
         shape = array.shape
         step = max(1, _BLOCK * shape[0] // max(1, array.nbytes))
         wrong, first = 0, None
+        look = not self.nonfinite and name not in self._looked
+        self._looked.add(name)
         for begin in range(0, shape[0], step):
             end = min(begin + step, shape[0])
             want = self._rows(name, begin, end)
+            if look and (odd := first_nonfinite(want)) is not None:
+                place = ", ".join(map(str, (begin + odd[0], *odd[1:])))
+                self.nonfinite, look = f"{name} of the checkpoint is {want[odd].item()} at [{place}]", False
             difference = first_difference(want, array[begin:end], nan=True)
             if difference is None:
                 continue
