@@ -388,6 +388,19 @@ def test_param(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert any("scale: expected" in fault.message for fault in report.faults)
 
 
+def test_positions_that_are_wrong_from_some_row_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tamper(node: Node) -> None:
+        if node.site == LAYER + "self_attn.rope_k" and node.position == 0:
+            positions = node.inputs["pos_ids"]
+            assert positions is not None
+            node.inputs["pos_ids"] = positions + (positions >= 5)
+
+    tampered(monkeypatch, tamper)
+    first = run(folder).faults[0]
+    assert (first.site, first.certificate, first.position) == (LAYER + "self_attn.rope_k", "PARAM", 5)
+    assert "pos_ids: expected 0 and on, first at [5]: expected 5, found 6" in first.message
+
+
 def test_weights_are_those_of_the_checkpoint(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib
 
