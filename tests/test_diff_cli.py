@@ -129,6 +129,16 @@ def test_a_crash_is_a_fault_of_its_node(faulty: Any, what: str, text: str) -> No
     assert fault.site == "model.layers.2.mlp.gate_proj", fault.message
 
 
+@pytest.mark.parametrize("scene", ["the engine without taps", "llaisysQwen2ModelInfer"])
+def test_a_crash_where_nobody_watches(scene: str) -> None:
+    """No node was told to run, so that none is blamed."""
+    from llaisys.diff.isolated import _ended
+
+    (fault,) = _ended({"model": "tiny", "decode": 1}, (scene, 0, ""), "the process died of SIGSEGV", 0.0).faults
+    assert (fault.site, fault.op) == ("the engine without taps", "forward")
+    assert fault.message == f"the process died of SIGSEGV in {scene}"
+
+
 def test_a_fault_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The text of a fault, from a run within this process."""
     from llaisys import ops

@@ -197,6 +197,8 @@ FAULTS: list[tuple[str, str, Callable[..., Any], str]] = [
     ("linear", "x rounded to bf16", lambda x, w, b: L(x.astype(FLOATS["bf16"]).astype("f4"), w, b), "f32"),
     ("linear", "a soft cap of 30", lambda x, w, b: (
         30 * np.tanh(L(x.astype("f4"), w.astype("f4"), b.astype("f4")) / 30)).astype(x.dtype), ""),
+    ("linear", "a soft cap of 50", lambda x, w, b: (
+        50 * np.tanh(L(x, w, b).astype("f4") / 50)).astype(x.dtype), ""),
     ("rope_self_attention", "heads 0 and 1 exchanged", lambda q, p, k, v, th, s: A(q, p, k, v, th, s)[
         :, [1, 0, 2, 3, 4, 5]], ""),
     ("linear", "truncated toward zero", truncating_linear, "bf16"),

@@ -323,12 +323,15 @@ def _narrowed(names: tuple[str, ...], dtype: str) -> Callable[[Call], Results | 
     return make
 
 
-def _capped(most: float) -> Callable[[Call], Results | None]:
-    """c tanh(y / c), which is nowhere steeper than y, so that errors do not grow."""
+def _capped(most: float, rounded: bool) -> Callable[[Call], Results | None]:
+    """c tanh(y / c) of the rounded y, or of y itself. Nowhere is it steeper than y, so that errors do not grow."""
 
     def make(call: Call) -> Results | None:
         right = call.right()["out"]
-        return {"out": Oracle(most * np.tanh(right.y / most), right.a)}
+        assert isinstance(right, Oracle)
+        y, a = rounding_point(right.y, right.a, call.dtype) if rounded else (right.y, right.a)
+        capped = most * np.tanh(y / most)
+        return {"out": Oracle(capped, a + 8 * U32 * np.abs(capped))}
 
     return make
 
@@ -386,7 +389,7 @@ LINEAR = (
         for names in (("weight",), ("x",), ("x", "weight"))
         for dtype in ("bf16", "f16")
     ),
-    *(Mutation(f"a soft cap of {cap} on the result", _capped(cap)) for cap in (30, 50)),
+    *(Mutation(f"a soft cap of {c} on the result", _capped(c, rounded)) for c in (30, 50) for rounded in (True, False)),
     Mutation("accumulated in bf16 (errors of the size that this makes)", _low_accumulation("bf16"), likely=True),
     Mutation("accumulated in f16 (errors of the size that this makes)", _low_accumulation("f16"), likely=True),
 )
