@@ -106,7 +106,7 @@ def test_list() -> None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler to build faults with")
 def test_faults_are_found_and_right_libraries_are_not_blamed() -> None:
     """An operator's fault, one of the engine, one that only `llaisys check` can find; and sums in another order."""
-    chosen = tuple(BY_NAME[name] for name in ("rope-sign", "keys-to-another-layer", "argmax-last-of-ties"))
+    chosen = tuple(BY_NAME[name] for name in ("rope-sign", "layers-together", "argmax-last-of-ties"))
     plan = Plan(dtypes=("bf16",), places=("middle",), decode=2, mutants=chosen, controls=8)
     seen: list[int] = []
     cases = run(plan, ROOT, progress=lambda label, done, total: seen.append(done))

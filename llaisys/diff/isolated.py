@@ -15,6 +15,8 @@ from .. import errors
 from ..checkpoint import Checkpoint
 from ..errors import InternalError, LlaisysError
 from ..models.nodes import graph
+from .ledger import FORWARD, UNTAPPED
+from .prefix import INFER
 from .repeat import ANEW
 from .report import Fault, Report
 from .run import Progress
@@ -121,8 +123,8 @@ def _ended(options: dict[str, Any], last: tuple[str, int, str], how: str, begin:
         running = sites[(sites.index(site) + 1) % len(sites)]
         where = f"in {running}, after {site}, {scene}, " + ("the prompt" if step == 0 else f"step {step}")
     else:
-        running, where = sites[0], f"in {scene}"
-    op = graph(config.num_hidden_layers)[running]
+        running, where = UNTAPPED if scene in (UNTAPPED, INFER) else sites[0], f"in {scene}"
+    op = graph(config.num_hidden_layers).get(running, FORWARD)
     fault = Fault(running, op, step, 0, "LOCAL", f"{how} {where}")
     tokens = list(options.get("tokens", []))
     return Report(

@@ -107,6 +107,8 @@ class Report:
     flips: list[Flip] = field(default_factory=list)
     drift: list[Drift] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what was sampled, left out, or not to be had
+    nonfinite: str = ""  # where NaN or infinities come from, if any were seen: no fault, but no result either
+    prompt_text: str = ""  # a text that has the tokens of the prompt, if there is one
     seconds: float = 0.0
     peak_bytes: int = 0
 

@@ -29,7 +29,7 @@ import numpy as np
 
 from ..checkpoint import Checkpoint
 from ..errors import CaseError
-from ..reference import DTYPES, SPECS
+from ..reference import DTYPES, FLOATS, SPECS
 from ..reference.binding import Problem, bind
 from ..reference.numerics import cast
 from .ledger import Array, Entry
@@ -259,6 +259,8 @@ class Trace:
         for name in _TEXTS:
             if not isinstance(header.get(name), str):
                 raise self._refuse(name, "a text", header.get(name))
+        if header["dtype"] not in FLOATS:
+            raise self._refuse("dtype", list(FLOATS), header["dtype"])
         for name in ("prompt", "tokens"):
             if not _integers(header.get(name)):
                 raise self._refuse(name, "a list of integers from 0", header.get(name))
@@ -339,12 +341,12 @@ class Trace:
         """A weight of the checkpoint in the dtype of the run, if its bits are those of the run."""
         if checkpoint is None or name not in checkpoint.names():
             return None
-        if self._weight[0] != (name, digest):
+        if self._weight[0] != (checkpoint, name, digest):
             dtype = DTYPES[self.header["dtype"]]
             found = checkpoint.tensor(name)
             found = found if found.dtype == dtype else cast(found, dtype)
             same = digest_of(found.reshape(-1).view(np.uint8).data) == digest
-            self._weight = ((name, digest), found if same else None)
+            self._weight = ((checkpoint, name, digest), found if same else None)
         return self._weight[1]
 
     def by_site(self) -> dict[str, list[TracedNode]]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .._lib import OVERRIDE, isas
+from ..diff.ledger import UNTAPPED
 from ..errors import LibraryError
 from ..models import Qwen2
 from .build import Builder
@@ -72,7 +73,7 @@ def expected_sites(mutant: Mutant, job: dict[str, Any]) -> set[str]:
     layers, wrong = job["layers"], job["layer"]
     found = set()
     for name in mutant.sites:
-        if name.startswith(("model.", "lm_head")):
+        if name.startswith(("model.", "lm_head")) or name == UNTAPPED:
             found.add(name)
             continue
         layer = max(wrong, 0) + name.startswith("+")
