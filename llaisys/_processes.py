@@ -10,9 +10,11 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["start_worker", "worker_command", "worker_environment"]
+__all__ = ["interrupts_blocked", "start_worker", "unblock_interrupts", "worker_command", "worker_environment"]
 
 # What `python -P -m MODULE` does from Python 3.11 on. Ctrl-C ends the process without a word.
 _START = """\
@@ -45,10 +47,24 @@ def start_worker(
 
     Ctrl-C at the terminal reaches the worker as soon as it can end without a traceback.
     """
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # a new process inherits it
-    try:
+    with interrupts_blocked():
         return subprocess.Popen(
             worker_command(module, *arguments), env=worker_environment(**(environment or {})), **options
         )
+
+
+@contextmanager
+def interrupts_blocked() -> Iterator[None]:
+    """Start processes in here which Ctrl-C reaches only when they `unblock_interrupts`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # a new process inherits it
+    try:
+        yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def unblock_interrupts() -> None:
+    """In a forked process: from here on Ctrl-C ends it without a word, unless it is ignored."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])

@@ -89,7 +89,7 @@ def test_an_interrupted_worker_says_nothing(delay: float) -> None:
     child = start_worker("llaisys", "check", "add", "--dtype", "f32", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     time.sleep(delay)
     child.send_signal(signal.SIGINT)
-    assert child.communicate()[1] == b"" and child.returncode == -signal.SIGINT
+    assert child.communicate()[1] == b"" and child.returncode in (-signal.SIGINT, 130)
 
 
 # ------------------------------------------------------------- source tree

@@ -224,5 +224,5 @@ def test_command(tmp_path: Path) -> None:
     assert run("check", "argmax", "--from", str(path)).returncode == 2
     path.write_text("nothing")
     done = run("replay", str(path))
-    assert done.returncode == 1 and b"llaisys: error: " in done.stderr and b"expected an .npz" in done.stderr
-    assert run("replay", str(tmp_path / "none.npz")).returncode == 1
+    assert done.returncode == 2 and b"llaisys: error: " in done.stderr and b"expected an .npz" in done.stderr
+    assert run("replay", str(tmp_path / "none.npz")).returncode == 2

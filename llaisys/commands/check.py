@@ -8,19 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import Isa, Progress, StorageType, command, printable
+from .common import EXIT_FAULT, EXIT_INCONCLUSIVE, Isa, Progress, StorageType, printable, verdict
 
 if TYPE_CHECKING:
     from ..conformance import Result
 
-EXIT_FAULT, EXIT_INCONCLUSIVE = 1, 2
 #: Failures of one operator and dtype that are told in full.
 TOLD = 4
 #: Width of what is written to a file or a pipe.
 WIDTH = 100
 
 
-@command
+@verdict
 def check(
     ops: Annotated[
         list[str] | None, typer.Argument(metavar="[OP]...", help="Operators.", show_default="all of them")

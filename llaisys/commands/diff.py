@@ -2,51 +2,26 @@
 
 from __future__ import annotations
 
-import functools
 import re
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import InvalidArgumentError, LlaisysError
-from .common import Isa, Options, StorageType, command, complain
+from ..errors import InvalidArgumentError
+from .common import Isa, StorageType, verdict
 
 if TYPE_CHECKING:
     from ..diff import Report
 
 #: Largest file of tokens that is read.
 _TOKEN_BYTES = 16 << 20
-#: Exit status where there is no verdict, an error among them: 1 says that a fault is named.
-EXIT_INCONCLUSIVE = 2
 _SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
-P = ParamSpec("P")
-
-
-def _inconclusive(function: Callable[P, None]) -> Callable[P, None]:
-    """`command`, with 2 as the exit status of an error."""
-
-    @functools.wraps(function)
-    def inner(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            function(*args, **kwargs)
-        except (LlaisysError, MemoryError, OSError) as error:
-            if isinstance(error, BrokenPipeError):
-                raise
-            if Options.traceback:
-                raise
-            complain(str(error) or "out of memory")
-            raise typer.Exit(EXIT_INCONCLUSIVE) from None
-
-    return command(inner)
-
-
-@_inconclusive
+@verdict
 def diff(
     model: Annotated[
         str, typer.Argument(help="A folder in Hugging Face layout, or the embedded model.", show_default=True)
@@ -128,7 +103,7 @@ def diff(
         raise typer.Exit(report.exit_code)
 
 
-@_inconclusive
+@verdict
 def trace_diff(
     a: Annotated[Path, typer.Argument(help="A trace that `diff --save` wrote.")],
     b: Annotated[Path, typer.Argument(help="Another one.")],
@@ -175,11 +150,11 @@ def read_tokens(path: Path) -> list[int]:
         raise InvalidArgumentError(f"--tokens: expected at most {_TOKEN_BYTES} bytes, found more in {path}")
     text = raw.decode("utf-8", "replace")
     found = re.sub(r"[\s,;\[\]]+", " ", text).split()
-    try:
-        return [int(item) for item in found]
-    except ValueError:
-        wrong = next(item for item in found if not re.fullmatch(r"[+-]?\d+", item))
-        raise InvalidArgumentError(f"--tokens: expected integers in {path}, found {wrong[:40]!r}") from None
+    for item in found:
+        if not re.fullmatch(r"[+-]?[0-9]{1,18}", item):
+            shown = item if len(item) <= 40 else f"{item[:40]}..."
+            raise InvalidArgumentError(f"--tokens: expected token ids in {path}, found {shown!r}")
+    return [int(item) for item in found]
 
 
 def parse_swaps(texts: list[str]) -> dict[str, str]:
