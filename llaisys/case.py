@@ -19,7 +19,6 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import IO, Any
 
 import ml_dtypes
@@ -28,6 +27,7 @@ import numpy.typing as npt
 
 from ._lib import MAX_DIMS, library_info
 from .errors import CaseError
+from .files import new_file
 from .reference import DTYPES, SPECS, Spec
 from .reference.binding import Problem, bind, describe
 
@@ -88,10 +88,10 @@ def versions() -> dict[str, str]:
 
 
 def save_case(path: str | os.PathLike[str], case: Case) -> None:
-    """Write one case. OSError if the file cannot be written."""
+    """Write one case. FileError if the file cannot be written."""
     header, arrays = encode(case)
     text = np.frombuffer(json.dumps(header, indent=1).encode(), np.uint8)
-    with Path(path).open("wb") as file:
+    with new_file(path) as file:
         np.savez(file, allow_pickle=False, **{"header": text, **arrays})
 
 

@@ -29,7 +29,7 @@ import numpy as np
 from ._lib import operator_of_file
 from ._processes import interrupts_blocked, unblock_interrupts
 from .certify import Local, certify
-from .errors import InternalError, InvalidArgumentError, LibraryError, LlaisysError
+from .errors import FileError, InternalError, InvalidArgumentError, LibraryError, LlaisysError
 from .harness import LAYOUTS, POISONS, THREADS, Array, Guarded, KernelFault, Refusal, replaced, run, same_bits, using
 from .reference import SPECS, Oracle, Spec, check
 from .reference.numerics import f32
@@ -278,6 +278,8 @@ def _work(job: Work, skip: int, pipe: connection.Connection) -> None:
                 pipe.send(("begin", number, isa, label))
                 pipe.send(("end", examine()))
         pipe.send(("done",))
+    except FileError as error:
+        pipe.send(("unwritable", error))
     except Exception:  # not the library's fault, but ours
         pipe.send(("error", traceback.format_exc()))
 
@@ -351,6 +353,8 @@ def _receive(worker: _Worker, active: list[_Worker]) -> Iterator[Any]:
         worker.number, worker.isa, worker.label = message[1:]
     elif message[0] == "end":
         yield message[1]
+    elif message[0] == "unwritable":
+        raise message[1]
     elif message[0] == "error":
         raise InternalError(f"{worker.job.op} {worker.job.dtype} {worker.isa}: {worker.label}: {message[1]}")
     else:

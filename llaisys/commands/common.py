@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, ParamSpec, TextIO
 
@@ -140,6 +141,42 @@ def printable(text: str) -> str:
 def colours(stream: TextIO) -> bool:
     """Whether `stream` is a terminal that shows colours, and nobody asked for none."""
     return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+
+
+# ----------------------------------------------------------------- reports
+
+
+def check_reports(*paths: Path | None) -> None:
+    """FileError if one of the reports that are asked for could not be written; before the work, which may be long."""
+    from ..files import check_target
+
+    for path in paths:
+        if path is not None and str(path) != "-":
+            check_target(path, devices=True)
+
+
+def finish(status: int, *reports: tuple[Path | None, Callable[[], str]]) -> None:
+    """Write the reports that are asked for, - being stdout, and end with `status`.
+
+    This comes after all else, so that a verdict is told also if a report cannot be written.
+    """
+    from ..errors import FileError
+    from ..files import write_text
+
+    for path, text in reports:
+        if path is None:
+            continue
+        content = text().rstrip("\n") + "\n"
+        try:
+            if str(path) == "-":
+                sys.stdout.write(content)
+            else:
+                write_text(path, content)
+        except FileError as error:
+            complain(str(error))
+            status = status or EXIT_INCONCLUSIVE
+    if status:
+        raise typer.Exit(status)
 
 
 # ---------------------------------------------------------------- progress

@@ -6,15 +6,12 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from ..errors import InvalidArgumentError
-from .common import Isa, StorageType, verdict
-
-if TYPE_CHECKING:
-    from ..diff import Report
+from .common import Isa, StorageType, check_reports, finish, verdict
 
 #: Largest file of tokens that is read.
 _TOKEN_BYTES = 16 << 20
@@ -74,8 +71,13 @@ def diff(
     Exit status 0: all is certified. 1: a fault is named. 2: neither can be said, or nothing was checked.
     """
     from ..diff import run_isolated
+    from ..diff.html import to_html
     from ..diff.text import print_report
+    from ..files import check_target
 
+    check_reports(json_file, html_file)
+    if save is not None:
+        check_target(save)
     if (prompt is None) == (tokens is None):
         raise typer.BadParameter("expected a text or a file of tokens, found " + ("none" if prompt is None else "both"))
     options: dict[str, Any] = {
@@ -96,11 +98,9 @@ def diff(
         report = run_isolated(model, decode=decode, progress=progress, **options)
     finally:
         progress.close()
-    write_report(report, json_file, html_file)
     if json_file != Path("-"):
         print_report(report)
-    if report.exit_code:
-        raise typer.Exit(report.exit_code)
+    finish(report.exit_code, (json_file, report.to_json), (html_file, lambda: to_html(report)))
 
 
 @verdict
@@ -110,7 +110,9 @@ def trace_diff(
     model: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Where the weights are.", show_default="as the traces say")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - for stdout.")
+    ] = None,
 ) -> None:
     """Compare two saved runs of one model: of other machines, tiers, versions, or storage types.
 
@@ -119,24 +121,11 @@ def trace_diff(
     """
     from ..diff.compare import compare_traces, print_comparison
 
+    check_reports(json_file)
     result = compare_traces(a, b, model)
-    if json_file is not None:
-        json_file.write_text(result.to_json(), encoding="utf-8")
-    print_comparison(result)
-    if result.exit_code:
-        raise typer.Exit(result.exit_code)
-
-
-def write_report(report: Report, json_file: Path | None, html_file: Path | None) -> None:
-    """The report as JSON and as HTML, where asked for."""
-    if json_file == Path("-"):
-        print(report.to_json())
-    elif json_file is not None:
-        json_file.write_text(report.to_json(), encoding="utf-8")
-    if html_file is not None:
-        from ..diff.html import to_html
-
-        html_file.write_text(to_html(report), encoding="utf-8")
+    if json_file != Path("-"):
+        print_comparison(result)
+    finish(result.exit_code, (json_file, result.to_json))
 
 
 def read_tokens(path: Path) -> list[int]:

@@ -24,7 +24,7 @@ class Unwritable(BaseException):
 
 
 class _Stdout(io.FileIO):
-    def write(self, data: Any) -> int | None:
+    def write(self, data: Any) -> int:
         try:
             return super().write(data)
         except OSError as error:
@@ -32,7 +32,7 @@ class _Stdout(io.FileIO):
 
 
 class _Stderr(io.FileIO):
-    def write(self, data: Any) -> int | None:
+    def write(self, data: Any) -> int:
         try:
             return super().write(data)
         except OSError:

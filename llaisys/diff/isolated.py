@@ -15,6 +15,7 @@ from .. import errors
 from .._processes import start_worker
 from ..checkpoint import Checkpoint
 from ..errors import InternalError, LlaisysError
+from ..files import partial_of
 from ..models.nodes import graph
 from .repeat import ANEW
 from .report import Fault, Report
@@ -91,6 +92,8 @@ def run_isolated(
     finally:
         child.kill()
         child.wait()
+        if "save" in values:
+            partial_of(values["save"], child.pid).unlink(missing_ok=True)
         if child.stdout is not None:
             child.stdout.close()
 
