@@ -14,7 +14,6 @@ import json
 import math
 import os
 import platform
-import stat
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -27,7 +26,7 @@ import numpy.typing as npt
 
 from ._lib import MAX_DIMS, library_info
 from .errors import CaseError
-from .files import new_file
+from .files import new_file, open_regular
 from .reference import DTYPES, SPECS, Spec
 from .reference.binding import Problem, bind, describe
 
@@ -195,10 +194,10 @@ def read_arrays(path: str | os.PathLike[str], members: int = MAX_MEMBERS) -> dic
     def refuse(field: str, expected: str, found: str) -> CaseError:
         return CaseError(file=path, field=field, expected=expected, found=found)
 
-    # Without O_NONBLOCK, opening a pipe would wait for somebody to write to it.
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise refuse("file", "a regular file", "another")
+    file = open_regular(path)
+    if file is None:
+        raise refuse("file", "a regular file", "another")
+    with file:
         try:
             with zipfile.ZipFile(file) as archive:
                 infos = archive.infolist()

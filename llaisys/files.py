@@ -1,4 +1,4 @@
-"""Writing files that are there whole or not at all.
+"""Writing files that are there whole or not at all, and opening those that are regular.
 
 What is written goes to `.NAME.PID.partial` beside its place, and is put there at the end: a full disk, an error or
 Ctrl-C leaves no half of a file, nor takes away the one that was there before.
@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from .errors import FileError
 
-__all__ = ["NewFile", "check_target", "new_file", "partial_of", "write_text"]
+__all__ = ["NewFile", "check_target", "new_file", "open_regular", "partial_of", "write_text"]
 
 
 def partial_of(path: str | os.PathLike[str], pid: int) -> Path:
@@ -112,6 +112,16 @@ def check_target(path: str | os.PathLike[str], *, devices: bool = False) -> None
         if devices and status is not None and not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
             return  # to open it may wait for a reader
     NewFile(path, devices=devices).discard()
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO | None:
+    """A regular file, open for reading; None for what is something else. OSError if it cannot be opened."""
+    # Without O_NONBLOCK, opening a pipe would wait for somebody to write to it.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        return None
+    return os.fdopen(descriptor, "rb")
 
 
 def _status(path: Path) -> os.stat_result | None:

@@ -177,6 +177,8 @@ def test_trace_diff(tmp_path: Path) -> None:
     done = run("trace-diff", "a.trace", "b.trace", "--json", "c.json", cwd=tmp_path)
     assert done.returncode == 0 and "differ in storage type: bf16 and f32" in done.stdout, done.stdout
     assert json.loads((tmp_path / "c.json").read_text())["exit_code"] == 0
+    done = run("trace-diff", ".", "a.trace", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr == "llaisys: error: .: file: expected a regular file, found another\n"
     (tmp_path / "bad.trace").write_bytes(b"no trace")
     done = run("trace-diff", "a.trace", "bad.trace", cwd=tmp_path)
     assert done.returncode == 2 and "bad.trace: file: expected a trace" in done.stderr

@@ -187,7 +187,7 @@ def test_files_are_refused(tmp_path: Path) -> None:
     os.mkfifo(path)
     with pytest.raises(CaseError, match="expected a regular file"):
         load_case(path)
-    with pytest.raises(OSError):
+    with pytest.raises(CaseError, match="expected a regular file"):
         load_case(tmp_path)
     with pytest.raises(FileNotFoundError):
         load_case(tmp_path / "none.npz")

@@ -16,7 +16,6 @@ import json
 import math
 import os
 import re
-import stat
 import zipfile
 import zlib
 from collections.abc import Collection, Iterator, Mapping
@@ -28,7 +27,7 @@ import numpy as np
 
 from ..checkpoint import Checkpoint
 from ..errors import CaseError
-from ..files import NewFile
+from ..files import NewFile, open_regular
 from ..reference import DTYPES, SPECS
 from ..reference.binding import Problem, bind
 from ..reference.numerics import cast
@@ -181,11 +180,11 @@ class Trace:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        # Without O_NONBLOCK, opening a pipe would wait for somebody to write to it.
-        self._file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+        file = open_regular(path)
+        if file is None:
+            raise self._refuse("file", "a regular file", "another")
+        self._file = file
         try:
-            if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
-                raise self._refuse("file", "a regular file", "another")
             try:
                 self._zip = zipfile.ZipFile(self._file)
             except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
