@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ._interop import address_of, writable_address_of
-from .dtypes import DataType
+from .dtypes import DataType, numpy_name
 from .errors import DTypeError, IndexRangeError, InvalidArgumentError, OutOfMemoryError, StrideError, UnsupportedError
 from .tensor import Tensor
 
@@ -68,7 +68,9 @@ class NumpyKind:
     def layout(self, x: np.ndarray[Any, Any], label: str) -> Layout:
         dtype = DataType.of_numpy(x.dtype)
         if dtype is None:
-            raise DTypeError(f"{label}: expected an element type of llaisys, native byte order, found {x.dtype.str!r}")
+            raise DTypeError(
+                f"{label}: expected an element type of llaisys, native byte order, found {numpy_name(x.dtype)}"
+            )
         return Layout(x.shape, _strides(x.shape, x.strides, x.dtype.itemsize), dtype)
 
     def output_address(self, x: np.ndarray[Any, Any]) -> int:

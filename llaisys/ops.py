@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import inspect
+import reprlib
 from collections import namedtuple
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from . import _lib
 from ._arrays import NUMPY, Layout, kind_of
 from ._lib import KEPT, MAX_DIMS, PENDING, LlaisysTensor
 from .dtypes import INTEGERS, DataType
-from .errors import DTypeError, InvalidArgumentError, LlaisysError, ShapeError, StrideError
+from .errors import DTypeError, IndexRangeError, InvalidArgumentError, LlaisysError, ShapeError, StrideError
 from .reference import SPECS
 from .reference.spec import DTYPES, FLOATS, Arg, Spec
 
@@ -149,10 +150,7 @@ class _Operator:
         """The layout of one argument, and the argument itself or, if the C entry cannot read it so, a copy."""
         kind = kind_of(x)
         if kind is None and arg.role == "in" and arg.dtype == "i64" and isinstance(x, (list, tuple, range)):
-            try:
-                x = np.asarray(x) if len(x) else np.zeros(0, np.int64)
-            except (ValueError, OverflowError):
-                x = None
+            x = _indices(x, label)
             kind = kind_of(x)
         if kind is None:
             raise DTypeError(f"{label}: expected {_KINDS_TEXT}, found {type(x).__name__}")
@@ -168,7 +166,8 @@ class _Operator:
             return layout, x
         if arg.role == "out":
             expected = "strides of whole elements" if strides is None else "a contiguous last axis"
-            raise StrideError(f"{label}: expected {expected}, found strides {strides} for shape {layout.shape}")
+            found = f"strides of {x.strides} bytes" if strides is None else f"strides {strides}"
+            raise StrideError(f"{label}: expected {expected}, found {found} for shape {layout.shape}")
         x = kind.compact(x)
         return kind.layout(x, label), x
 
@@ -318,6 +317,19 @@ def operator_of(spec: Spec, entry: Callable[[Spec], Any], check: Callable[[int],
     return _Operator(spec, entry, check).function()
 
 
+def _indices(x: Sequence[Any], label: str) -> np.ndarray[Any, Any]:
+    """A list of integers, or of lists of them, as an array."""
+    try:
+        array = np.asarray(x) if len(x) else np.zeros(0, np.int64)
+    except (ValueError, OverflowError):
+        raise ShapeError(f"{label}: expected lists of equal lengths, found {reprlib.repr(x)}") from None
+    if array.dtype == object:  # numbers beyond 64 bits are objects; so is what is no number
+        whole = all(isinstance(item, int) for item in array.flat)
+        error, expected = (IndexRangeError, "values that fit int64") if whole else (DTypeError, "integers")
+        raise error(f"{label}: expected {expected}, found {reprlib.repr(x)}")
+    return array
+
+
 def _nothing(x: None) -> None:
     """Address of an optional argument that is absent."""
 
@@ -369,3 +381,7 @@ for _name, _operator in _operators.items():
         globals()[_operator.result.__name__] = _operator.result
 
 __all__ = sorted(_operators)
+
+
+def __dir__() -> list[str]:
+    return sorted([*_operators, *(o.result.__name__ for o in _operators.values() if o.result is not None)])

@@ -397,3 +397,39 @@ def test_two_threads_compute_at_once() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+# ----------------------------------------------------------- threads for others
+
+
+@pytest.mark.parametrize(("count", "grain"), [(0, 4), (-3, 1), (1, 1), (1000, 7), (1000, 0), (5, 2**62)])
+def test_parallel_for_covers_the_range_once(count: int, grain: int) -> None:
+    parts: list[tuple[int, int]] = []  # appending is atomic
+    library = _lib.library()
+
+    @_lib.PartCallback
+    def body(context: int, begin: int, end: int) -> None:
+        assert context == 42
+        parts.append((begin, end))
+
+    assert library.llaisysParallelFor(count, grain, body, 42) == 0
+    assert sorted(i for begin, end in parts for i in range(begin, end)) == list(range(count))
+    assert all(end - begin <= max(grain, 1) for begin, end in parts)
+
+
+def test_parallel_for_within_itself_and_without_a_body() -> None:
+    library = _lib.library()
+    inner: list[int] = []
+
+    @_lib.PartCallback
+    def add(_: int, begin: int, end: int) -> None:
+        inner.append(end - begin)
+
+    @_lib.PartCallback
+    def outer(_: int, begin: int, end: int) -> None:
+        assert library.llaisysParallelFor(10, 3, add, None) == 0
+
+    assert library.llaisysParallelFor(8, 1, outer, None) == 0
+    assert sum(inner) == 80
+    with pytest.raises(llaisys.errors.InvalidArgumentError, match="body: expected a function, found NULL"):
+        _lib.check_call(library.llaisysParallelFor(1, 1, _lib.PartCallback(), None))

@@ -72,8 +72,8 @@ def test_a_right_kernel() -> None:
     assert done.returncode == 0, text + done.stderr.decode()
     assert "cases keep to the contract" in text and "not taken: bf16, the call: UNSUPPORTED" in text
     assert "not taken: f32, layout padded: UNSUPPORTED" in text and "layout packed" not in text
-    assert re.search(r"case +dtype +yours +llaisys +torch +x llaisys +x torch", text)
-    timed = re.findall(r"^(\S+ residual \w+) +(\w+) +([\d.]+) +([\d.]+)", text, re.M)
+    assert re.search(r"case +dtype +yours +± +llaisys +torch +x llaisys +x torch", text)
+    timed = re.findall(r"^(\S+ residual \w+) +(\w+) +([\d.]+) +\d+% +([\d.]+)", text, re.M)
     assert {(case, dtype) for case, dtype, *_ in timed} == {(f"{n}B residual decode", "f32") for n in ("0.5", "1.5")}
     assert all(float(time) > 0 for row in timed for time in row[2:])
 

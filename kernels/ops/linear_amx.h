@@ -28,13 +28,13 @@ constexpr int64_t TILE_COLUMNS = 32; // bf16 columns of a tile
 // Columns of a chunk: of 32 rows of weights and of 32 rows of x it is 16 KiB each, which stay in the first-level cache
 // with their sums while all rows of x pass.
 constexpr int64_t TILE_CHUNK = 256;
-// From this many blocks of x on, a chunk of weights is copied first: rows a power of two apart would share few sets of
-// the cache.
-constexpr int64_t TILE_COPIED = 8;
-// From this many on, the lines of out are asked for before they are written: with fewer the weights need all requests.
+// Columns of a piece, the chunks that a group of features has before the next group, at most: 4 KiB of each row of the
+// weights. More rows of x have shorter pieces, so that X_BYTES of them stay in the second-level cache.
+constexpr int64_t TILE_PIECE = 2048;
+constexpr int64_t X_BYTES = 384 << 10;
+// From this many blocks of x on, the lines of out are asked for before they are written: with fewer the weights need
+// all requests.
 constexpr int64_t OUT_AHEAD = 16;
-// What lies this many columns further in the rows of weights is asked for, if nothing of them is read twice.
-constexpr int64_t TILE_FAR = 256;
 
 static inline int64_t tile_steps(int64_t columns) { return (columns + TILE_COLUMNS - 1) / TILE_COLUMNS; }
 // How 32 columns of a row become bf16 pairs: as they are, or in two parts, the high one first. f32 would take three
@@ -82,26 +82,37 @@ template <class T>
 static inline int64_t tile_panel_bytes(int64_t rows, int64_t columns) {
     return tile_blocks(rows) * Parts<T>::COUNT * panel_block(rows, columns) * int64_t(sizeof(bf16));
 }
-// Features of a part of the work: x is read from afar once for all of them, a chunk after the other, and for 512 rows
-// their sums, 0.5 MiB in bf16 and 1 MiB in f16, stay in the second-level cache beside the chunk.
+// Features of a part of the work: x is read from afar once for all of them, a piece after the other, and for 512 rows
+// their sums, 0.75 MiB in bf16 and 1 MiB in f16, stay in the second-level cache beside the piece.
 template <class T>
-constexpr int64_t TILE_FEATURES_AT_ONCE = 256 / Parts<T>::COUNT;
-// The chunks of a row but for the last one: they are as even as can be.
-static inline int64_t chunk_columns(int64_t columns) {
-    constexpr int64_t MOST = TILE_CHUNK / TILE_COLUMNS;
-    const int64_t steps = tile_steps(columns), chunks = (steps + MOST - 1) / MOST;
-    return chunks < 2 ? columns : (steps + chunks - 1) / chunks * TILE_COLUMNS;
+constexpr int64_t TILE_FEATURES_AT_ONCE = Parts<T>::COUNT > 1 ? 128 : 384;
+// The parts of so many columns but for the last one, `most` at most: they are as even as can be.
+static inline int64_t even_columns(int64_t columns, int64_t most) {
+    const int64_t steps = tile_steps(columns), parts = (columns + most - 1) / most;
+    return parts < 2 ? columns : (steps + parts - 1) / parts * TILE_COLUMNS;
 }
-// A chunk of two tiles of weights; and for each group of features, block of x and part of it two tiles of sums.
-constexpr int64_t TILE_COPY_BYTES = 2 * TILE * TILE_CHUNK * int64_t(sizeof(bf16));
+// The columns of a piece for so many bytes of x a column.
+static inline int64_t piece_columns(int64_t columns, int64_t x_bytes) {
+    const int64_t fit = X_BYTES / x_bytes / TILE_CHUNK * TILE_CHUNK;
+    return even_columns(columns, fit < TILE_CHUNK ? TILE_CHUNK : fit < TILE_PIECE ? fit : TILE_PIECE);
+}
+
+// Two tiles of weights: 32 rows, or 16 in two parts.
+struct alignas(64) WeightTiles {
+    bf16 tile[2][TILE][TILE_COLUMNS];
+};
+// The copies of a chunk of weights; and for each group of features, block of x and part of it two tiles of sums.
+constexpr int64_t TILE_COPIES = TILE_CHUNK / TILE_COLUMNS;
+constexpr int64_t TILE_COPY_BYTES = TILE_COPIES * int64_t(sizeof(WeightTiles));
 template <class T>
 static inline int64_t tile_work_bytes(int64_t rows) {
     constexpr int64_t GROUPS = TILE_FEATURES_AT_ONCE<T> / GROUP<T>;
     return TILE_COPY_BYTES + GROUPS * tile_blocks(rows) * Parts<T>::COUNT * 2 * TILE * TILE * int64_t(sizeof(float));
 }
 
-// Assembly, as gcc 12 drops a loop of nothing but __builtin_prefetch.
+// Assembly, as gcc 12 drops a loop of nothing but __builtin_prefetch. To the first-level cache, or to the second.
 static inline void fetch(const char *p) { __asm__ volatile("prefetcht0 %0" : : "m"(*p)); }
+static inline void fetch_far(const char *p) { __asm__ volatile("prefetcht1 %0" : : "m"(*p)); }
 
 // r[i][j] <- r[j][i] of 32-bit elements.
 static inline void transpose(__m512i (&r)[16]) {
@@ -185,34 +196,37 @@ static inline void configure_tiles(int64_t width) {
     tile_configure(config);
 }
 
-// Two tiles of weights: 32 rows, or 16 in two parts.
-struct alignas(64) WeightTiles {
-    bf16 tile[2][TILE][TILE_COLUMNS];
-};
-// Copies the columns [begin, end) of a group of rows, a WeightTiles for each 32; where rows or columns are missing,
-// there are zeros.
+// Copies 32 columns of a group of rows; where rows or columns are missing, there are zeros.
 template <class T>
-static inline void copy_weights(WeightTiles *to, const Rows &weight, int64_t n, int64_t count, int64_t begin,
-                                int64_t end) {
+static inline void copy_weights(WeightTiles &to, const Rows &weight, int64_t n, int64_t count, int64_t c) {
     constexpr int PARTS = Parts<T>::COUNT;
-    for (int64_t i = 0; i < GROUP<T>; ++i) {
-        const T *row = (const T *)(weight.base + (n + (i < count ? i : 0)) * weight.step[0]);
-        WeightTiles *at = to;
-        for (int64_t c = begin; c < end; c += TILE_COLUMNS, ++at) {
-            __m512i part[PARTS] = {};
-            if (i < count) Parts<T>::load(part, row + c, weight.length - c);
-            for (int k = 0; k < PARTS; ++k) _mm512_store_si512(at->tile[PARTS == 1 ? i / TILE : k][i % TILE], part[k]);
-        }
+    const char *row = weight.base + n * weight.step[0] + c * int64_t(sizeof(T));
+    for (int64_t i = 0; i < GROUP<T>; ++i, row += weight.step[0]) {
+        __m512i part[PARTS] = {};
+        if (i < count) Parts<T>::load(part, (const T *)row, weight.length - c);
+        for (int k = 0; k < PARTS; ++k) _mm512_store_si512(to.tile[PARTS == 1 ? i / TILE : k][i % TILE], part[k]);
     }
 }
 
-// What is asked for beside a part of the product, evenly, as the processor has few requests under way at a time: of the
-// rows [first, last) of a group of weights what lies at `near`, column by column, and from column `turn` on what lies
-// at `next`; and where the `out_rows` rows of out from `row` on will be written.
-struct TileAhead {
-    const char *near, *next;
-    int64_t turn, first, last;
-    int64_t row, out_rows;
+// Weights that are asked for beside the products of those before them, evenly, row after row as they lie in memory,
+// which sees one stream of 4 KiB and more at a time: the best that was measured for reading. In step with the products
+// it would be 32 streams, about as many as the processor follows by itself, and the requests of the first-level cache,
+// 16 at a time, would have to wait for memory. (On Zen 5, which has no tiles, streams in step are 10 % faster.)
+struct WeightsAhead {
+    const char *row;
+    int64_t step, bytes, at; // from row to row, of a row, in the row
+    int64_t left, share;     // lines to ask for in all, and beside a step of products
+
+    // The columns [begin, end) of the rows [n, n + rows), beside so many steps of products.
+    WeightsAhead(const Rows &weight, int64_t n, int64_t rows, int64_t begin, int64_t end, int64_t size, int64_t beside)
+        : row(weight.base + n * weight.step[0] + begin * size), step(weight.step[0]), bytes((end - begin) * size),
+          at(0), left(rows * ((bytes + 63) / 64)), share((left + beside - 1) / (beside > 0 ? beside : 1)) {}
+    void ask() {
+        for (int64_t i = share; i > 0 && left > 0; --i, --left) {
+            fetch_far(row + at);
+            if ((at += 64) >= bytes) at = 0, row += step;
+        }
+    }
 };
 
 // A part of the product: a group of features from n on, `count` of them, times up to two blocks of x or parts of one,
@@ -220,28 +234,18 @@ struct TileAhead {
 struct TilePart {
     const LinearArgs &args;
     int64_t n, count, begin, end;
-    const WeightTiles *copied; // of each step, or NULL: they are read where they lie
-    const bf16 *x;             // the block of the panel, from column 0 on
+    WeightTiles *copies; // of the steps, in turn
+    bool once, copy;     // are the weights read only here? Else, are the copies still to be made?
+    const bf16 *x;       // the block of the panel, from column 0 on
     int64_t block, width;
     float *saved; // sums of [block of x][tile of weights]
     bool load;
-    TileAhead ahead;
+    int64_t row, out_rows; // of out, which are written next
 };
-
-// The share of the step from column c on.
-template <class T>
-static inline void fetch_ahead(const TilePart &p, int64_t c) {
-    constexpr int64_t SIZE = int64_t(sizeof(T));
-    const TileAhead &a = p.ahead;
-    const char *at = c < a.turn ? a.near + c * SIZE : a.next + (c - a.turn) * SIZE;
-    for (int64_t i = a.first; i < a.last; ++i) fetch(at + i * p.args.weight.step[0]);
-    for (int64_t i = (c - p.begin) / TILE_COLUMNS; i < a.out_rows; i += tile_steps(p.end - p.begin))
-        fetch(row_at(p.args.out, a.row + i) + p.n * SIZE);
-}
 
 // The sums of one or two blocks of x and one or two tiles of weights.
 template <class T, bool TWO, bool WIDE>
-static inline void tile_product(const TilePart &p) {
+static inline void tile_product(const TilePart &p, WeightsAhead &ahead) {
     constexpr int64_t SIZE = TILE * TILE, STEP = TILE * int64_t(sizeof(float));
     const Rows &weight = p.args.weight;
     if (p.load) {
@@ -255,19 +259,23 @@ static inline void tile_product(const TilePart &p) {
         tile_zero<2>();
         tile_zero<3>();
     }
-    // Whole tiles of bf16 are read where they lie. Others are copied; the copy is made a step before it is needed, as
-    // a tile is not loaded from stores that are still on their way.
-    const bool whole_rows = !p.copied && Parts<T>::COUNT == 1 && p.count >= (WIDE ? 2 : 1) * TILE;
+    // Whole tiles of bf16 that are read once are read where they lie. Others are copied, as rows that lie a power of
+    // two apart would share few sets of the cache; a step before it is needed, as a tile is not loaded from stores that
+    // are still on their way, and beside the products of the first rows of x.
+    const bool whole_rows = p.once && Parts<T>::COUNT == 1 && p.count >= (WIDE ? 2 : 1) * TILE;
     const auto in_place = [&](int64_t c) { return whole_rows && weight.length - c >= TILE_COLUMNS; };
-    WeightTiles copies[2];
+    const auto copy_of = [&](int64_t c) -> WeightTiles & {
+        return p.copies[(c - p.begin) / TILE_COLUMNS % TILE_COPIES];
+    };
     const auto copy = [&](int64_t c) {
-        if (p.copied || c >= p.end || in_place(c)) return;
-        copy_weights<T>(&copies[c / TILE_COLUMNS % 2], weight, p.n, p.count, c, c + 1);
+        if (p.copy && c < p.end && !in_place(c)) copy_weights<T>(copy_of(c), weight, p.n, p.count, c);
     };
     copy(p.begin);
-    for (int64_t c = p.begin; c < p.end; c += TILE_COLUMNS) {
+    const int64_t steps = tile_steps(p.end - p.begin);
+    for (int64_t i = 0; i < steps; ++i) {
+        const int64_t c = p.begin + i * TILE_COLUMNS;
         copy(c + TILE_COLUMNS);
-        const WeightTiles &own = p.copied ? p.copied[(c - p.begin) / TILE_COLUMNS] : copies[c / TILE_COLUMNS % 2];
+        const WeightTiles &own = copy_of(c);
         const char *a = (const char *)own.tile[0], *b = (const char *)own.tile[1];
         int64_t step = TILE_COLUMNS * int64_t(sizeof(bf16));
         if (in_place(c)) {
@@ -287,7 +295,8 @@ static inline void tile_product(const TilePart &p) {
             tile_dot<2, 5, 6>();
             if (TWO) tile_dot<3, 5, 7>();
         }
-        fetch_ahead<T>(p, c);
+        ahead.ask();
+        for (int64_t m = i; m < p.out_rows; m += steps) fetch(row_at(p.args.out, p.row + m) + p.n * int64_t(sizeof(T)));
     }
     tile_store<0>(p.saved, STEP);
     if (WIDE) tile_store<2>(p.saved + SIZE, STEP);
@@ -326,66 +335,69 @@ static inline void tile_sums(const LinearArgs &args, int64_t first, int64_t last
     const int64_t columns = weight.length, blocks = (last - first) * PARTS, pairs = (blocks + 1) / 2;
     const int64_t groups = (end - begin + GROUP<T> - 1) / GROUP<T>;
     const auto *panel = (const bf16 *)args.panel + first * PARTS * block;
-    auto *copied = (WeightTiles *)work;
+    auto *copies = (WeightTiles *)work;
     auto *saved = (float *)(work + TILE_COPY_BYTES); // [group][block of x][tile of weights]
-    // One block of x needs no chunks, as nothing of the weights is read twice. Parts are made once for all blocks.
-    const bool once = last - first == 1, copy = PARTS > 1 ? !once : blocks >= TILE_COPIED;
-    const int64_t chunk = once ? columns : chunk_columns(columns);
+    // Weights that are read once need no chunks.
+    const bool once = pairs == 1;
+    const int64_t piece = piece_columns(columns, blocks * width * int64_t(sizeof(bf16)));
+    const int64_t chunk = once ? piece : even_columns(piece, TILE_CHUNK);
     const auto row_of = [&](int64_t m) { return block_row(args.rows, first + m); };
     configure_tiles(width);
-    int64_t c = 0, until;
+    int64_t from = 0, until;
     do { // once at least, as without columns the sums are zero
-        until = columns - c < chunk ? columns : c + chunk;
+        until = columns - from < piece ? columns : from + piece;
         const bool done = until == columns;
         for (int64_t g = 0; g < groups; ++g) {
             const int64_t n = begin + g * GROUP<T>, count = end - n < GROUP<T> ? end - n : GROUP<T>;
             const bool wide = PARTS > 1 || count > TILE;
-            if (copy) copy_weights<T>(copied, weight, n, count, c, until);
-            // What follows: the next group, from the same column on, or the first one's next chunk; or, behind the last
-            // column, other features.
+            // What follows: this piece of the next group, or the next piece of the first one; or, behind the last
+            // column, the features behind these.
             const bool more = g + 1 < groups;
-            const int64_t after = more ? n + GROUP<T> : !done ? begin : end < weight.count ? end : n;
-            const int64_t left = weight.count - after, there = left < GROUP<T> ? left : GROUP<T>;
-            TileAhead ahead{};
-            ahead.near = weight.base + n * weight.step[0] + TILE_FAR * BYTES;
-            ahead.next = weight.base + after * weight.step[0] + (more && !once ? c : done ? 0 : until) * BYTES;
-            ahead.turn = !once ? c : columns > TILE_FAR ? columns - TILE_FAR : 0;
-            for (int64_t pair = 0; pair < pairs; ++pair) {
-                const int64_t m = 2 * pair, row = row_of(m / PARTS);
-                const int64_t stop = blocks - m > 2 ? row_of((m + 2) / PARTS) : row_of(last - first);
-                ahead.first = pair * there / pairs;
-                ahead.last = (pair + 1) * there / pairs;
-                ahead.row = args.row + row;
-                ahead.out_rows = done && blocks >= OUT_AHEAD ? stop - row : 0;
-                const TilePart part{args,
-                                    n,
-                                    count,
-                                    c,
-                                    until,
-                                    copy ? copied : nullptr,
-                                    panel + m * block,
-                                    block,
-                                    width,
-                                    saved + (g * blocks + m) * 2 * SIZE,
-                                    c > 0,
-                                    ahead};
-                if (blocks - m > 1)
-                    wide ? tile_product<T, true, true>(part) : tile_product<T, true, false>(part);
-                else
-                    wide ? tile_product<T, false, true>(part) : tile_product<T, false, false>(part);
-            }
+            const int64_t after = more ? n + GROUP<T> : done ? end : begin, limit = done && !more ? weight.count : end;
+            const int64_t start = more ? from : done ? 0 : until;
+            WeightsAhead ahead(weight, after, limit - after < GROUP<T> ? limit - after : GROUP<T>, start,
+                               columns - start < piece ? columns : start + piece, BYTES,
+                               pairs * tile_steps(until - from));
+            int64_t c = from, stop;
+            do {
+                stop = until - c < chunk ? until : c + chunk;
+                for (int64_t pair = 0; pair < pairs; ++pair) {
+                    const int64_t m = 2 * pair, row = row_of(m / PARTS);
+                    const int64_t below = blocks - m > 2 ? row_of((m + 2) / PARTS) : row_of(last - first);
+                    const TilePart part{args,
+                                        n,
+                                        count,
+                                        c,
+                                        stop,
+                                        copies,
+                                        once,
+                                        pair == 0,
+                                        panel + m * block,
+                                        block,
+                                        width,
+                                        saved + (g * blocks + m) * 2 * SIZE,
+                                        c > 0,
+                                        args.row + row,
+                                        stop == columns && blocks >= OUT_AHEAD ? below - row : 0};
+                    if (blocks - m > 1)
+                        wide ? tile_product<T, true, true>(part, ahead) : tile_product<T, true, false>(part, ahead);
+                    else
+                        wide ? tile_product<T, false, true>(part, ahead) : tile_product<T, false, false>(part, ahead);
+                }
+                c = stop;
+            } while (c < until);
             for (int64_t m = 0; done && m < last - first; ++m) {
-                const int64_t row = row_of(m), rows = row_of(m + 1) - row;
+                const int64_t row = row_of(m), rows_of_block = row_of(m + 1) - row;
                 float *tiles = saved + (g * blocks + m * PARTS) * 2 * SIZE;
                 alignas(64) float sums[TILE * GROUP<T>];
                 if constexpr (PARTS > 1) add_parts(tiles);
                 for (int64_t at = 0; at < count; at += TILE)
-                    turn_tile(sums + at, GROUP<T>, tiles + at / TILE * SIZE, rows, count - at);
-                finish(sums, GROUP<T>, row, rows, n, count);
+                    turn_tile(sums + at, GROUP<T>, tiles + at / TILE * SIZE, rows_of_block, count - at);
+                finish(sums, GROUP<T>, row, rows_of_block, n, count);
             }
         }
-        c = until;
-    } while (c < columns);
+        from = until;
+    } while (from < columns);
     tile_release();
 }
 

@@ -159,7 +159,8 @@ class Qwen2:
         `seed` makes a draw repeatable. `streamer` is an object with put(ids) and end(), which gets the prompt first, or
         a function that is called with each new id.
 
-        The sequence is kept: a prompt that begins like the last one computes only the rest, to the same bits.
+        The sequence is kept: a prompt that begins like the last one computes only the rest, with the native
+        backend to the same bits.
 
         Raises InvalidArgumentError for an empty prompt, one longer than max_position_embeddings, and numbers out of
         range, IndexRangeError for a token outside the vocabulary.
