@@ -27,8 +27,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from ._lib import operator_of_file
+from ._processes import interrupts_blocked, unblock_interrupts
 from .certify import Local, certify
-from .errors import InternalError, InvalidArgumentError, LibraryError, LlaisysError
+from .errors import FileError, InternalError, InvalidArgumentError, LibraryError, LlaisysError
 from .harness import LAYOUTS, POISONS, THREADS, Array, Guarded, KernelFault, Refusal, replaced, run, same_bits, using
 from .reference import SPECS, Oracle, Spec, check
 from .reference.numerics import f32
@@ -268,6 +269,7 @@ def _rows(spec: Spec, values: Mapping[str, Any], outputs: Sequence[Array]) -> It
 
 def _work(job: Work, skip: int, pipe: connection.Connection) -> None:
     """In a process of its own: ("begin", number, tier, label) and ("end", result) for each case, and ("done",)."""
+    unblock_interrupts()
     faulthandler.disable()  # what a crash is to be told, the parent tells
     _end_with_parent()
     try:
@@ -276,6 +278,8 @@ def _work(job: Work, skip: int, pipe: connection.Connection) -> None:
                 pipe.send(("begin", number, isa, label))
                 pipe.send(("end", examine()))
         pipe.send(("done",))
+    except FileError as error:
+        pipe.send(("unwritable", error))
     except Exception:  # not the library's fault, but ours
         pipe.send(("error", traceback.format_exc()))
 
@@ -303,7 +307,7 @@ def _start(job: Work, skip: int, crashes: int = 0) -> _Worker:
     context = get_context("fork")  # so that every case starts with what is loaded already
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(job, skip, there), daemon=True)
-    with warnings.catch_warnings():
+    with interrupts_blocked(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # that forking with threads is dangerous: it is made for it
         process.start()
     there.close()
@@ -349,6 +353,8 @@ def _receive(worker: _Worker, active: list[_Worker]) -> Iterator[Any]:
         worker.number, worker.isa, worker.label = message[1:]
     elif message[0] == "end":
         yield message[1]
+    elif message[0] == "unwritable":
+        raise message[1]
     elif message[0] == "error":
         raise InternalError(f"{worker.job.op} {worker.job.dtype} {worker.isa}: {worker.label}: {message[1]}")
     else:
@@ -389,7 +395,7 @@ def answer(library: str, what: str, ask: Callable[[], Any]) -> Any:
     context = get_context("fork")
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(there, ask), daemon=True)
-    with warnings.catch_warnings():
+    with interrupts_blocked(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         process.start()
     there.close()
@@ -410,6 +416,7 @@ def answer(library: str, what: str, ask: Callable[[], Any]) -> Any:
 
 
 def _answer(pipe: connection.Connection, ask: Callable[[], Any]) -> None:
+    unblock_interrupts()
     faulthandler.disable()
     try:
         pipe.send(ask())

@@ -1,8 +1,8 @@
 """The exceptions of llaisys.
 
-One class for each error status of the C ABI, and three that only Python raises (`LibraryError`, `CheckpointError`,
-`CaseError`). Each is a `LlaisysError` and also the builtin that a Python programmer expects in its place: `except
-ValueError` works. Every message names what is wrong, what was expected and what was found.
+One class for each error status of the C ABI, and four that only Python raises (`LibraryError`, `CheckpointError`,
+`CaseError`, `FileError`). Each is a `LlaisysError` and also the builtin that a Python programmer expects in its place:
+`except ValueError` works. Every message names what is wrong, what was expected and what was found.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ __all__ = [
     "CaseError",
     "CheckpointError",
     "DTypeError",
+    "FileError",
     "HandleError",
     "IndexRangeError",
     "InternalError",
@@ -138,6 +139,10 @@ class CaseError(LlaisysError, ValueError):
     def __init__(self, *, file: Any, field: str, expected: Any, found: Any) -> None:
         super().__init__(f"{file}: {field}: expected {expected}, found {found}")
         self.file, self.field, self.expected, self.found = str(file), field, expected, found
+
+
+class FileError(LlaisysError, OSError):
+    """A file cannot be written."""
 
 
 _BY_STATUS: dict[int, type[LlaisysError]] = {cls.status: cls for cls in LlaisysError.__subclasses__() if cls.status}

@@ -17,13 +17,13 @@ from __future__ import annotations
 import os
 import struct
 import sys
-from pathlib import Path
 
 import numpy as np
 
 from .checkpoint import Checkpoint
 from .dtypes import DataType
 from .errors import LlaisysError
+from .files import new_file
 
 MAGIC = b"LLAISYS1"
 
@@ -31,7 +31,7 @@ MAGIC = b"LLAISYS1"
 def export(model: str | os.PathLike[str], file: str | os.PathLike[str]) -> None:
     """Write the checkpoint `model` (a folder, or "tiny") to `file`, which appears only when it is whole.
 
-    Raises CheckpointError if the checkpoint is not what it should be, OSError if the file cannot be written.
+    Raises CheckpointError if the checkpoint is not what it should be, FileError if the file cannot be written.
     """
     checkpoint = Checkpoint.open(model)
     c = checkpoint.config
@@ -48,20 +48,14 @@ def export(model: str | os.PathLike[str], file: str | os.PathLike[str]) -> None:
         c.max_position_embeddings,
         c.vocab_size,
     )
-    target = Path(file)
-    partial = target.with_name(target.name + ".partial")
-    try:
-        with partial.open("wb") as out:
-            out.write(MAGIC + struct.pack("<9q2dqQ", *numbers, c.rms_norm_eps, c.rope_theta, end_token, len(names)))
-            for name, array in checkpoint.tensors():
-                encoded = name.encode()
-                dtype = DataType.of_numpy(array.dtype)
-                out.write(struct.pack("<Q", len(encoded)) + encoded)
-                out.write(struct.pack(f"<QQ{array.ndim}QQ", dtype, array.ndim, *array.shape, array.nbytes))
-                out.write(np.ascontiguousarray(array).view(np.uint8).data)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with new_file(file) as out:
+        out.write(MAGIC + struct.pack("<9q2dqQ", *numbers, c.rms_norm_eps, c.rope_theta, end_token, len(names)))
+        for name, array in checkpoint.tensors():
+            encoded = name.encode()
+            dtype = DataType.of_numpy(array.dtype)
+            out.write(struct.pack("<Q", len(encoded)) + encoded)
+            out.write(struct.pack(f"<QQ{array.ndim}QQ", dtype, array.ndim, *array.shape, array.nbytes))
+            out.write(np.ascontiguousarray(array).view(np.uint8).data)
 
 
 def main() -> None:
@@ -70,7 +64,7 @@ def main() -> None:
         sys.exit("usage: python -m llaisys.export MODEL FILE")
     try:
         export(sys.argv[1], sys.argv[2])
-    except (LlaisysError, OSError) as error:
+    except LlaisysError as error:
         sys.exit(f"llaisys.export: {error}")
 
 

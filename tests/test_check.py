@@ -221,15 +221,15 @@ def test_command_on_json_and_errors(tmp_path: Path) -> None:
     done = run("check", "add", "--isa", "scalar", "--json", "-")
     assert {r["outcome"] for r in json.loads(done.stdout)} == {"pass"}
     done = run("check", "relu")
-    assert done.returncode == 1 and b"llaisys: error: op: expected one of add," in done.stderr
+    assert done.returncode == 2 and b"llaisys: error: op: expected one of add," in done.stderr
     done = run("check", "embedding", "--dtype", "f32", "--from", str(tmp_path / "none.npz"))
-    assert done.returncode == 1 and b"none.npz: file: expected a trace or case" in done.stderr
+    assert done.returncode == 2 and b"none.npz: file: expected a trace or case" in done.stderr
 
 
 def test_command_with_a_library_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "lib.so").write_text("no library")
     done = run("check", "add", env={"LLAISYS_LIBRARY": str(tmp_path / "lib.so")})
-    assert done.returncode == 1 and b"cannot be loaded" in done.stderr
+    assert done.returncode == 2 and b"cannot be loaded" in done.stderr
 
 
 def test_command_from_a_trace(tmp_path: Path) -> None:
@@ -242,4 +242,4 @@ def test_command_from_a_trace(tmp_path: Path) -> None:
     assert done.returncode == 0 and {r["op"] for r in found} == {"swiglu", "linear"}
     assert {r["outcome"] for r in found} == {"pass"} and any("step 1, position" in r["case"] for r in found)
     done = run("check", "swiglu", "--from", str(trace), "--model", str(tmp_path))
-    assert done.returncode == 1 and b"llaisys: error: " in done.stderr
+    assert done.returncode == 2 and b"llaisys: error: " in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -561,13 +562,16 @@ def test_drift_and_flips(folder: Path) -> None:
         assert flip.native != flip.reference and flip.margin >= 0 and flip.noise > 0
 
 
-def test_transformers_as_context() -> None:
+def test_transformers_as_context(capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
-    report = run("tiny", decode=1, tokens=None, prompt="def f(x):", oracle="hf")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        report = run("tiny", decode=1, tokens=None, prompt="def f(x):", oracle="hf")
     certified(report)
     found = {d.site: d.transformers for d in report.drift if d.transformers is not None}
     assert set(found) == set(graph(5))
     assert max(found.values()) < 0.05
+    assert capfd.readouterr() == ("", "")
 
 
 def test_without_context(folder: Path) -> None:

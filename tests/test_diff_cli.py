@@ -57,11 +57,15 @@ def test_tokens_from_a_file_and_swaps(tmp_path: Path) -> None:
         (["-p", "x", "--swap", "nothing=reference"], "matches nothing"),
         (["-p", "x", "--max-memory", "much"], "--max-memory: expected a size"),
         (["--tokens", "nowhere"], "--tokens: expected a file"),
+        (["--tokens", "many"], f"--tokens: expected token ids in many, found '{'9' * 40}...'"),
+        (["--tokens", "big"], "tokens[1]: expected a token from 0 to "),
         (["-p", "x", "--oracle", "gguf"], "oracle: expected"),
         (["-p", "x", "--save", "nowhere/t.trace"], "nowhere"),
     ],
 )
 def test_errors_are_no_verdict(options: list[str], text: str, tmp_path: Path) -> None:
+    (tmp_path / "many").write_text("1 " + "9" * 5000)
+    (tmp_path / "big").write_text(f"[1, {10**17}]")
     done = run("diff", *options, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("llaisys: error: ") and text in done.stderr
     assert "Traceback" not in done.stderr
@@ -211,6 +215,8 @@ def test_trace_diff(tmp_path: Path) -> None:
     done = run("trace-diff", "a.trace", "b.trace", "--json", "c.json", cwd=tmp_path)
     assert done.returncode == 0 and "differ in storage type: bf16 and f32" in done.stdout, done.stdout
     assert json.loads((tmp_path / "c.json").read_text())["exit_code"] == 0
+    done = run("trace-diff", ".", "a.trace", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr == "llaisys: error: .: file: expected a regular file, found another\n"
     (tmp_path / "bad.trace").write_bytes(b"no trace")
     done = run("trace-diff", "a.trace", "bad.trace", cwd=tmp_path)
     assert done.returncode == 2 and "bad.trace: file: expected a trace" in done.stderr

@@ -315,6 +315,8 @@ def test_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(CaseError, match="a regular file"):
         Trace(tmp_path / "pipe")
+    with pytest.raises(CaseError, match="a regular file"):
+        Trace(tmp_path)
 
 
 def test_a_header_that_is_a_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -217,7 +217,7 @@ def test_c_and_a_library(write, tmp_path: Path) -> None:
 def test_files_that_are_no_kernel(name: str, text: str, op: str, found: str, write) -> None:
     done = tried(write(text=text, name=name), op=op)
     error = done.stderr.decode()
-    assert done.returncode == 1 and found in error and "Traceback" not in error, error
+    assert done.returncode == 2 and found in error and "Traceback" not in error, error
     assert text != "int x = ;" or "my_add.cpp:1:9: error" in error  # what the compiler says is there to be read
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidArgumentError, UnsupportedError
+from ..files import check_target, new_file
 from .report import DTYPES, Row, heading
 
 FORMATS = (".png", ".svg")
@@ -24,7 +25,8 @@ _INK, _FAINT = "#333333", "#999999"
 def check_plot(path: str | os.PathLike[str]) -> None:
     """Refuse a plot that could not be drawn, before anything is measured.
 
-    InvalidArgumentError for another format than PNG and SVG, UnsupportedError without matplotlib.
+    InvalidArgumentError for another format than PNG and SVG, UnsupportedError without matplotlib, FileError if the file
+    cannot be written.
     """
     if Path(path).suffix.lower() not in FORMATS:
         raise InvalidArgumentError(f"plot: expected a file name that ends with .png or .svg, found {os.fspath(path)!r}")
@@ -32,6 +34,7 @@ def check_plot(path: str | os.PathLike[str]) -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise UnsupportedError('plot: expected matplotlib, found none; run pip install "llaisys[bench]"') from None
+    check_target(path)
 
 
 def draw(data: dict[str, Any], path: str | os.PathLike[str]) -> None:
@@ -70,7 +73,9 @@ def draw(data: dict[str, Any], path: str | os.PathLike[str]) -> None:
             axes.set_ylabel("GFLOP/s", color=_INK)
         figure.suptitle(heading(data), fontsize=9, color=_INK, x=0.01, ha="left")
         _legend(figure, style, any(row["implementation"] == "torch" for row in rows))
-        figure.savefig(path, metadata={"Date": None} if Path(path).suffix.lower() == ".svg" else None)
+        kind = Path(path).suffix.lower()[1:]
+        with new_file(path) as file:
+            figure.savefig(file, format=kind, metadata={"Date": None} if kind == "svg" else None)
 
 
 def _styles() -> list[tuple[str, str]]:

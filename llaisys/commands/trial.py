@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .bench import Phase
-from .check import EXIT_FAULT, EXIT_INCONCLUSIVE, TOLD, render
-from .common import Progress, StorageType, command, printable
+from .check import TOLD, render
+from .common import EXIT_FAULT, EXIT_INCONCLUSIVE, Progress, StorageType, printable, verdict
 
 if TYPE_CHECKING:
     from ..bench.report import Figures
     from ..conformance import Result
 
 
-@command
+@verdict
 def trial(
     op: Annotated[str, typer.Argument(metavar="OP", help="The operator that it computes.")],
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A source in C or C++, or a shared library.")],

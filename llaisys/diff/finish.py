@@ -160,7 +160,7 @@ def _reproducer(runner: Runner, fault: Fault, entry: Entry, folder: str) -> str 
         path.parent.mkdir(parents=True, exist_ok=True)
         save_case(path, case)
     except OSError as error:
-        runner.notes.append(f"{path} could not be written: {error.strerror}")
+        runner.notes.append(f"no reproducer: {error}")
         return None
     return str(path)
 

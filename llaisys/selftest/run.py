@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .._lib import OVERRIDE, isas
+from .._processes import start_worker, worker_command, worker_environment
 from ..diff.ledger import UNTAPPED
 from ..errors import LibraryError
 from ..models import Qwen2
@@ -198,8 +197,9 @@ def _answer(library: Path, cases: list[Case], finished: Callable[[Case], None]) 
 
 def _check(library: Path, op: str, dtype: str) -> bool:
     """Whether `llaisys check` finds a fault in the operator."""
-    command = [sys.executable, "-m", "llaisys", "check", op, "--dtype", dtype]
-    done = subprocess.run(command, env=os.environ | {OVERRIDE: str(library)}, capture_output=True, check=False)
+    command = worker_command("llaisys", "check", op, "--dtype", dtype)
+    environment = worker_environment(**{OVERRIDE: str(library)})
+    done = subprocess.run(command, env=environment, capture_output=True, check=False)
     if done.returncode not in (0, 1, 2):
         raise LibraryError(f"llaisys check {op}: expected an exit status of 0, 1 or 2, found {done.returncode}")
     return done.returncode == 1
@@ -207,10 +207,9 @@ def _check(library: Path, op: str, dtype: str) -> bool:
 
 class _Worker:
     def __init__(self, library: Path) -> None:
-        command = [sys.executable, "-m", "llaisys.selftest.worker"]
-        environment = os.environ | {OVERRIDE: str(library)}
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, text=True)
+        pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        environment = {OVERRIDE: str(library)}
+        self._process = start_worker("llaisys.selftest.worker", environment=environment, text=True, **pipes)
 
     def ask(self, job: dict[str, Any]) -> dict[str, Any]:
         process = self._process
