@@ -24,6 +24,13 @@ pytestmark = pytest.mark.skipif(shutil.which("c++") is None or shutil.which("cc"
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "my_add.cpp"
 LOOP = "sum[i] = x[i] + y[i];"
+# The example with a plain loop, which the tests replace, in place of its parts for several threads.
+SERIAL = """    const auto *x = static_cast<const float *>(a->data), *y = static_cast<const float *>(b->data);
+    auto *sum = static_cast<float *>(out->data);
+    for (int64_t i = 0; i < count; ++i) sum[i] = x[i] + y[i];
+    return LLAISYS_OK;
+}
+"""
 # Those that use the library are linked with it, and its function must not be taken for theirs.
 MISSPELT = """
 #include <llaisys.h>
@@ -47,7 +54,9 @@ def write(tmp_path: Path):
 
     def write(loop: str = LOOP, text: str | None = None, name: str = "my_add.cpp") -> Path:
         path = tmp_path / name
-        path.write_text(EXAMPLE.read_text().replace(LOOP, loop) if text is None else text)
+        head, parallel, _ = EXAMPLE.read_text().partition("    struct Arrays {")
+        assert parallel
+        path.write_text(head + SERIAL.replace(LOOP, loop) if text is None else text)
         return path
 
     return write
