@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +265,67 @@ def test_faulty_kernels_are_named(folder: Path, backend: str) -> None:
     ):
         with pytest.raises(InvalidArgumentError, match=text):
             Qwen2(folder, backend=backend, kernels=kernels)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_own_kernels_may_keep_what_they_get(folder: Path, backend: str) -> None:
+    """Inputs stay as they were in the call, also when the model is closed; only weights are not copied."""
+    kept: list[tuple[Any, bytes]] = []
+
+    def keep(*args: Any) -> Any:
+        kept.extend((x, x.tobytes()) for x in args if isinstance(x, np.ndarray))
+        return SPECS["linear"].twin(*args) if len(args) == 3 else SPECS["rope_self_attention"].twin(*args)
+
+    with Qwen2(folder, backend=backend, kernels={"linear": keep, "rope_self_attention": keep}) as model:
+        with model.session() as session:
+            session.forward(TOKENS)
+            session.truncate(2)
+            session.forward([7, 7, 7])
+        weight = next(x for x, _ in kept if x.shape == (67, 24))
+        assert not weight.flags.writeable and np.array_equal(weight, plain_weights(seed=5)["lm_head.weight"])
+    again = Qwen2(folder)  # where the memory of the other was
+    again.logits(TOKENS)
+    assert len(kept) > 50 and all(x.tobytes() == before for x, before in kept)
+
+
+def test_weights_are_freed_with_the_last_array(folder: Path) -> None:
+    kept: list[Any] = []
+
+    def keep(x: Any, weight: Any, bias: Any) -> Any:
+        kept.append(weight)
+        return reference.linear(x, weight, bias)
+
+    gc.collect()
+    gc.disable()
+    try:
+        model = Qwen2(folder, kernels={"lm_head": keep})
+        model.logits(TOKENS)
+        lease = weakref.ref(kept[0].base.base.owner)  # beneath two arrays
+        model.close()
+        assert lease() is not None
+        kept.clear()
+        assert lease() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_own_kernels_may_reuse_their_outputs(folder: Path, backend: str) -> None:
+    kernel, buffer = SPECS["add_rms_norm"].twin, np.empty((2, len(TOKENS), 24), np.float32)
+
+    def reuse(*args: Any) -> Any:
+        buffer[0], buffer[1] = kernel(*args)
+        return buffer[0], buffer[1]
+
+    found, expected = (
+        Qwen2(folder, backend=backend, kernels={"add_rms_norm": function}).logits(TOKENS)
+        for function in (reuse, kernel)
+    )
+    assert same_bits(found, expected)
+    before = buffer.tobytes()
+    hook = {"norm": lambda node: (np.zeros_like(node.outputs["out"]), node.outputs["sum"])}
+    model = Qwen2(folder, backend=backend, kernels={"model.norm": lambda *args: (buffer[0], buffer[1])})
+    assert not model.run_with_hooks(TOKENS, hook).any() and buffer.tobytes() == before
 
 
 def test_a_wrong_kernel_shows(folder: Path) -> None:

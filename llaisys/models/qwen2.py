@@ -53,8 +53,8 @@ class Qwen2:
         kernels: which implementation computes which nodes: {"rope": "reference", "layers.3.*": function}. Keys are
             names of operators, sites, or globs over sites (the leading "model." may be left out); a site goes
             before a glob, a glob before an operator. Values are "native", "reference", or a function with the
-            signature of the operator's twin. The native engine computes such a node too, and then takes the result
-            of the other.
+            signature of the operator's twin. It may keep the arrays that it is given; weights are read-only. The
+            native engine computes such a node too, and then takes the result of the other.
         progress: called with (bytes loaded, bytes of all weights) while weights are loaded, on this thread. What it
             raises ends the loading.
 
