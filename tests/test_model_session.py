@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -277,9 +278,26 @@ def test_freed_with_the_last_reference(folder: Path) -> None:
             del model
             assert session.forward([2]).shape == (1, VOCAB)  # it keeps the weights alive
             del session
-            assert not handles[0].alive
-            gc.collect()
-            assert not handles[1].alive
+            assert not any(handle.alive for handle in handles)
+    finally:
+        gc.enable()
+
+
+def test_a_model_is_freed_with_its_last_reference(model: Qwen2, folder: Path) -> None:
+    """Also the sequence that generate keeps, and a kernel of the caller."""
+    gc.collect()
+    gc.disable()
+    try:
+
+        def kernel(gate: Any, up: Any) -> Any:
+            return gate * up
+
+        other = Qwen2(folder, backend=model.backend, kernels={"layers.0.mlp.act": kernel})
+        other.generate([1, 2], 2, eos_token_id=[])
+        other.run_with_cache([1, 2])
+        gone = [weakref.ref(other), weakref.ref(other._backend), weakref.ref(kernel)]
+        del other, kernel
+        assert [ref() for ref in gone] == [None] * 3
     finally:
         gc.enable()
 

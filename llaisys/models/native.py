@@ -109,6 +109,7 @@ class NativeSession:
         self._finalizer = weakref.finalize(self, library().llaisysQwen2SessionDestroy, handle)
         self._kernels, self._lease = kernels, lease
         self._tap: _Tap | None = None
+        self._callback: Any = None
         self.observe(None)
 
     @property
@@ -134,9 +135,10 @@ class NativeSession:
     def observe(self, observer: Observer | None) -> None:
         """Show nodes to `observer`. Without one, and without foreign kernels, the engine runs without a tap."""
         tap = _Tap(self._kernels, observer, self._lease) if self._kernels or observer else None
-        callback = tap.callback if tap else _NO_TAP
-        check_call(library().llaisysQwen2SessionSetTap(self._handle, callback, None))
-        self._tap = tap  # only now: the engine may call the one before until it has the new one
+        callback = tap.callback() if tap else None
+        passed = TapCallback.from_buffer_copy(callback) if callback else _NO_TAP
+        check_call(library().llaisysQwen2SessionSetTap(self._handle, passed, None))
+        self._tap, self._callback = tap, callback  # only now: the engine may call the one before until it has this one
 
     def close(self) -> None:
         """Free the cache."""
@@ -145,22 +147,25 @@ class NativeSession:
 
 
 class _Tap:
-    """The C callback of a session, and the exception that ended a pass.
+    """What the C callback of a session does, and the exception that ended a pass.
 
-    It is the `send` of a generator, for the reason that `_lib` has for its interrupt callback: a signal handler may
-    raise as soon as Python code is entered, which in a function is before any `try`, and ctypes would drop that.
+    The callback is the `send` of a generator, for the reason that `_lib` has for its interrupt callback: a signal
+    handler may raise as soon as Python code is entered, which in a function is before any `try`, and ctypes would drop
+    that.
     """
 
     def __init__(self, kernels: Mapping[str, Kernel], observer: Observer | None, lease: _Lease | None) -> None:
         self._kernels, self._observer = kernels, observer
-        # Weak, as the callback refers to itself in a circle.
+        # Weak, as a session that is closed keeps no weights.
         self._lease: Callable[[], _Lease | None] = (lambda: None) if lease is None else weakref.ref(lease)
         self._functions: dict[str, Callable[..., Any]] = {}
         self._errors: list[BaseException] = []
+
+    def callback(self) -> Any:
+        """The function for C. It keeps this object, which must not keep it: a circle would have to be collected."""
         loop = _answers(self._show, self._errors)
         next(loop)
-        self._callback = _OneArgument(loop.send)
-        self.callback = ctypes.cast(self._callback, TapCallback)
+        return _OneArgument(loop.send)
 
     def reraise(self) -> None:
         """Raise what ended the pass, if anything did."""

@@ -99,7 +99,7 @@ class Qwen2:
         else:
             self._backend = ReferenceModel(self.config, FLOATS[self.dtype], chosen)
         self._backend.load(checkpoint, progress)
-        self._sequences = SequencePool(self.session)
+        self._sequences = SequencePool()
 
     @property
     def path(self) -> Path:
@@ -187,7 +187,7 @@ class Qwen2:
         self._check_open()
         listener.prompt(tokens)
         if budget:
-            with self._sequences.borrow() as sequence:
+            with self._sequences.borrow(self.session) as sequence:
                 self._continue(sequence, tokens, budget, sampler, ends, listener)
         listener.end()
         return tokens
