@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,58 @@ def test_what_a_callback_raises_reaches_the_caller(model: Qwen2) -> None:
         assert session.length == 3
         rest = session.forward(TOKENS[3:])
     assert np.allclose(np.concatenate([first, rest]), model.logits(TOKENS), rtol=1e-4, atol=1e-4)
+
+
+def test_callbacks_make_and_remove_taps(model: Qwen2) -> None:
+    """One-shot hooks; the pass goes on, and the next one runs without a tap."""
+    plain = model.logits(TOKENS)
+    seen: list[str] = []
+    with model.session() as session:
+
+        def once(node: Node) -> None:
+            seen.append(node.site)
+            tap.remove()
+            other.remove()  # of the same node, and comes next
+
+        tap = session.tap(once, "layers.?.mlp.act")
+        other = session.tap(lambda node: seen.append("other"), "layers.?.mlp.act")
+        assert same_bits(session.forward(TOKENS), plain)
+        assert seen == ["model.layers.0.mlp.act"]
+
+        def nested(node: Node) -> None:
+            with session.tap(lambda inner: seen.append("within"), "*"):
+                outer.remove()
+            late.append(session.tap(lambda inner: seen.append(inner.site), ["layers.0.*", "lm_head"]))
+
+        late: list[Any] = []
+        outer = session.tap(nested, "layers.1.mlp.act")
+        session.reset()
+        assert same_bits(session.forward(TOKENS), plain)
+        assert seen[1:] == ["lm_head"]
+        late[0].remove()
+        session.forward([1])
+        assert len(seen) == 2
+        if model.backend == "native":
+            assert session._engine._tap is None  # type: ignore[attr-defined]
+
+
+def test_a_tap_of_another_thread_goes_at_any_time(model: Qwen2) -> None:
+    with model.session() as session:
+
+        def remove() -> None:
+            tap.remove()
+            seen.append("removed")
+
+        def remove_elsewhere(node: Node) -> None:
+            seen.append(node.site)
+            thread = threading.Thread(target=remove)
+            thread.start()
+            thread.join()
+
+        seen: list[str] = []
+        tap = session.tap(remove_elsewhere)
+        session.forward(TOKENS)
+        assert seen == ["model.embed_tokens", "removed"]
 
 
 def test_hooks_replace_outputs(model: Qwen2) -> None:
