@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import itertools
+import pickle
 import re
 import signal
 import subprocess
@@ -300,6 +302,15 @@ def test_a_model_is_freed_with_its_last_reference(model: Qwen2, folder: Path) ->
         assert [ref() for ref in gone] == [None] * 3
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_copies_are_refused(model: Qwen2, copied: Any) -> None:
+    """Two objects would share one handle."""
+    with pytest.raises(UnsupportedError, match=r"a model cannot be copied, .* open the folder again there: Qwen2\('/"):
+        copied(model)
+    with model.session() as session, pytest.raises(UnsupportedError, match="a session cannot be copied"):
+        copied(session)
 
 
 def test_close(model: Qwen2, folder: Path) -> None:

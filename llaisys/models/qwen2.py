@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
@@ -253,6 +253,12 @@ class Qwen2:
 
     def __exit__(self, *details: object) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise UnsupportedError(
+            "a model cannot be copied, pickled or sent to another process; open the folder again there: "
+            f"Qwen2({str(self.path)!r})"
+        )
 
     def __repr__(self) -> str:
         config = self.config

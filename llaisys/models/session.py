@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
 from ..config import Qwen2Config
-from ..errors import DTypeError, IndexRangeError, InvalidArgumentError, ShapeError, StateError
+from ..errors import DTypeError, IndexRangeError, InvalidArgumentError, ShapeError, StateError, UnsupportedError
 from .nodes import Array, Node, overwrite, select
 
 #: Shown every node that somebody watches: site, operator, and a function that makes the node, its arrays being views.
@@ -220,6 +220,12 @@ class Session:
 
     def __exit__(self, *details: object) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise UnsupportedError(
+            "a session cannot be copied, pickled or sent to another process; make one with model.session() and give it "
+            "the same tokens"
+        )
 
     def __repr__(self) -> str:
         return "<Session, closed>" if self._closed else f"<Session of {self._engine.length} tokens>"
