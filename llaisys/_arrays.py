@@ -130,6 +130,11 @@ class TorchKind:
             raise InvalidArgumentError("expected a tensor that needs no gradient, found requires_grad=True")
         return x.data_ptr()
 
+    def written(self, x: Any) -> None:
+        """Tell autograd, which then refuses a backward pass that needs what the tensor held before."""
+        if not x.is_inference():
+            sys.modules["torch"].autograd.graph.increment_version(x)
+
     def empty(self, shape: tuple[int, ...], native: Any) -> Any:
         return sys.modules["torch"].empty(shape, dtype=native)
 
@@ -178,7 +183,7 @@ class TensorKind:
 
 
 NUMPY = NumpyKind()
-_TORCH = TorchKind()
+TORCH = TorchKind()
 _KINDS: dict[type, Kind] = {np.ndarray: NUMPY, Tensor: TensorKind()}
 
 
@@ -194,7 +199,7 @@ def kind_of(x: Any) -> Kind | None:
         elif isinstance(x, Tensor):
             kind = _KINDS[Tensor]
         elif torch is not None and isinstance(x, torch.Tensor):
-            kind = _TORCH
+            kind = TORCH
         else:
             return None
         _KINDS[type(x)] = kind

@@ -346,7 +346,7 @@ def _receive(worker: _Worker, active: list[_Worker]) -> Iterator[Any]:
     except (EOFError, OSError):
         worker.process.join()
         code = worker.process.exitcode
-        yield from _failed(worker, active, f"crashed with {_signal_name(-code)}" if code < 0 else f"exit status {code}")
+        yield from _failed(worker, active, f"crashed with {signal_name(-code)}" if code < 0 else f"exit status {code}")
         return
     worker.since = time.monotonic()
     if message[0] == "begin":
@@ -375,7 +375,8 @@ def _failed(worker: _Worker, active: list[_Worker], text: str) -> Iterator[Resul
     yield Result(job.op, job.dtype, worker.isa, worker.label, Local("fault", reason=text), text)
 
 
-def _signal_name(number: int) -> str:
+def signal_name(number: int) -> str:
+    """SIGSEGV for 11, and so on."""
     try:
         return signal.Signals(number).name
     except ValueError:
@@ -405,7 +406,7 @@ def answer(library: str, what: str, ask: Callable[[], Any]) -> Any:
         found = here.recv()
     except EOFError:
         process.join()
-        how = _signal_name(-process.exitcode) if process.exitcode else "nothing"
+        how = signal_name(-process.exitcode) if process.exitcode else "nothing"
         raise LibraryError(f"{library} cannot be used: expected {what}, found {how}") from None
     finally:
         process.kill()

@@ -2,8 +2,8 @@
 
 All numbers are little-endian and 64 bits wide:
 
-    8 bytes   "LLAISYS1"
-    9 int64   dtype (of llaisys.h), nlayer, hs, nh, nkvh, dh, di, maxseq, voc
+    8 bytes   "LLAISYS2"
+    10 int64  dtype (of llaisys.h), nlayer, hs, nh, nkvh, dh, di, maxseq, voc, attention_bias (0 or 1)
     2 double  epsilon, theta
     int64     end_token (-1: none)
     uint64    number of tensors; then for each of them
@@ -25,7 +25,7 @@ from .dtypes import DataType
 from .errors import LlaisysError
 from .files import new_file
 
-MAGIC = b"LLAISYS1"
+MAGIC = b"LLAISYS2"
 
 
 def export(model: str | os.PathLike[str], file: str | os.PathLike[str]) -> None:
@@ -47,9 +47,10 @@ def export(model: str | os.PathLike[str], file: str | os.PathLike[str]) -> None:
         c.intermediate_size,
         c.max_position_embeddings,
         c.vocab_size,
+        c.attention_bias,
     )
     with new_file(file) as out:
-        out.write(MAGIC + struct.pack("<9q2dqQ", *numbers, c.rms_norm_eps, c.rope_theta, end_token, len(names)))
+        out.write(MAGIC + struct.pack("<10q2dqQ", *numbers, c.rms_norm_eps, c.rope_theta, end_token, len(names)))
         for name, array in checkpoint.tensors():
             encoded = name.encode()
             dtype = DataType.of_numpy(array.dtype)

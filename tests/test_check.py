@@ -66,8 +66,8 @@ def test_plan_selects() -> None:
         ("add", "f16"),
     }
     assert all(j.threads == (3,) for j in plan(["rope"], [], ["scalar"], 3, None))
-    with pytest.raises(InvalidArgumentError, match="op: expected one of add, .* found 'relu'"):
-        plan(["relu"], [], ["scalar"], None, None)
+    with pytest.raises(InvalidArgumentError, match="op: expected one of add, .* found 'no_such_op'"):
+        plan(["no_such_op"], [], ["scalar"], None, None)
 
 
 # ------------------------------------------------------------------- faults
@@ -220,7 +220,7 @@ def test_command_at_a_terminal() -> None:
 def test_command_on_json_and_errors(tmp_path: Path) -> None:
     done = run("check", "add", "--isa", "scalar", "--json", "-")
     assert {r["outcome"] for r in json.loads(done.stdout)} == {"pass"}
-    done = run("check", "relu")
+    done = run("check", "no_such_op")
     assert done.returncode == 2 and b"llaisys: error: op: expected one of add," in done.stderr
     done = run("check", "embedding", "--dtype", "f32", "--from", str(tmp_path / "none.npz"))
     assert done.returncode == 2 and b"none.npz: file: expected a trace or case" in done.stderr

@@ -264,6 +264,33 @@ def test_torch_tensors_with_gradients() -> None:
     assert (leaf == 2).all()
 
 
+def test_autograd_knows_what_was_written() -> None:
+    a, b, weight = torch.tensor([1.0, 2.0, 3.0]), torch.full((3,), 9.0), torch.ones(3, requires_grad=True)
+
+    def saved() -> Any:
+        return (weight * a).sum()
+
+    y = saved()
+    ops.add(torch.zeros(3), b, out=a)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+    # What was refused before the first byte is no change, nor is what was only read.
+    y = saved()
+    with pytest.raises(errors.AliasError):
+        ops.rms_norm(b, a, 1e-6, out=a)
+    ops.add(a, b, out=np.empty(3, np.float32))
+    y.backward()
+    assert torch.equal(weight.grad, torch.full((3,), 9.0))
+    # One of several, by way of a view of it.
+    values = torch.zeros(2, 1)
+    y = (weight[:2, None] * values).sum()
+    ops.argmax(torch.ones(1, 3), out=(torch.zeros(1, dtype=torch.int64), values[1]))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+    with torch.inference_mode():  # such tensors have no version
+        assert (ops.add(b, b, out=torch.zeros(3)) == 18).all()
+
+
 def test_torch_views_and_lazy_signs() -> None:
     x = torch.arange(12, dtype=torch.float32).reshape(3, 4)
     assert torch.equal(ops.add(x.T, x.T), 2 * x.T)

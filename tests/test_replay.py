@@ -102,7 +102,7 @@ Header = dict[str, Any]
 CHANGES: list[tuple[str, Callable[[Header], Any], str]] = [
     ("another format", lambda h: h | {"format": "other"}, "format: expected 'llaisys case'"),
     ("a later version", lambda h: h | {"version": 2}, "version: expected 1, found 2"),
-    ("an unknown operator", lambda h: h | {"op": "relu"}, "op: expected one of add"),
+    ("an unknown operator", lambda h: h | {"op": "no_such_op"}, "op: expected one of add"),
     ("an operator that is no text", lambda h: h | {"op": ["add"]}, "op: expected one of add"),
     ("no scalars", lambda h: h | {"scalars": {}}, "scalars: expected"),
     ("a scalar that is a text", lambda h: h | {"scalars": {"theta": "1"}}, "scalars.theta: expected a number"),

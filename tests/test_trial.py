@@ -220,7 +220,7 @@ def test_c_and_a_library(write, tmp_path: Path) -> None:
         ("my_add.c", MISSPELT, "add", "my_add.c: expected the function int32_t llaisysAdd("),
         ("my_add.cpp", OVERLOADED, "add", "my_add.cpp: expected the function int32_t llaisysAdd("),
         ("my_add.cpp", ABORTING, "add", "my_add.cpp cannot be used: expected the function llaisysAdd, found SIGABRT"),
-        ("my_add.cpp", "int x;", "relu", "op: expected one of add, "),
+        ("my_add.cpp", "int x;", "no_such_op", "op: expected one of add, "),
     ],
 )
 def test_files_that_are_no_kernel(name: str, text: str, op: str, found: str, write) -> None:
