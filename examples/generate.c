@@ -9,6 +9,7 @@
  */
 #include <llaisys.h>
 
+#include <errno.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -19,15 +20,24 @@ static int failed(const char *what) {
     return 1;
 }
 
+/* A number from 0 to INT64_MAX, and nothing behind it. */
+static int read_number(const char *text, int64_t *number) {
+    char *end;
+    errno = 0;
+    const long long value = strtoll(text, &end, 10);
+    *number = value;
+    return end != text && !*end && !errno && value >= 0;
+}
+
 static int read_exactly(FILE *file, void *data, size_t bytes) { return fread(data, 1, bytes, file) == bytes; }
 
 /* The fields of the meta data are 64-bit each in the file. */
-static int read_meta(FILE *file, LlaisysQwen2Meta *meta, uint64_t *tensors) {
+static int read_meta(FILE *file, LlaisysQwen2Meta *meta, int32_t *attention_bias, uint64_t *tensors) {
     char magic[8];
-    int64_t whole[9], end_token;
+    int64_t whole[10], end_token;
     double real[2];
     uint64_t count;
-    if (!read_exactly(file, magic, sizeof magic) || memcmp(magic, "LLAISYS1", sizeof magic) != 0 ||
+    if (!read_exactly(file, magic, sizeof magic) || memcmp(magic, "LLAISYS2", sizeof magic) != 0 ||
         !read_exactly(file, whole, sizeof whole) || !read_exactly(file, real, sizeof real) ||
         !read_exactly(file, &end_token, sizeof end_token) || !read_exactly(file, &count, sizeof count))
         return 0;
@@ -43,6 +53,7 @@ static int read_meta(FILE *file, LlaisysQwen2Meta *meta, uint64_t *tensors) {
                                .epsilon = (float)real[0],
                                .theta = (float)real[1],
                                .end_token = end_token};
+    *attention_bias = whole[9] != 0;
     *tensors = count;
     return 1;
 }
@@ -68,9 +79,29 @@ static int32_t load_tensor(FILE *file, LlaisysQwen2Model *model) {
     return status;
 }
 
+static int load_tensors(FILE *file, LlaisysQwen2Model *model, uint64_t tensors) {
+    int32_t status = 1;
+    for (uint64_t i = 0; i < tensors && status == 1; ++i)
+        if ((status = load_tensor(file, model)) != 1)
+            failed(status ? llaisysLastError() : "a tensor that the model does not know, or a truncated file");
+    return status == 1;
+}
+
+/* The tokens of the prompt, with room for more behind them. NULL if one is none, or without memory. */
+static int64_t *read_tokens(char **texts, size_t count, size_t room) {
+    int64_t *tokens = room < SIZE_MAX / sizeof *tokens - count ? malloc((count + room) * sizeof *tokens) : NULL;
+    for (size_t i = 0; tokens && i < count; ++i)
+        if (!read_number(texts[i], &tokens[i])) {
+            free(tokens);
+            tokens = NULL;
+        }
+    return tokens;
+}
+
 /* Appends up to `most` tokens to the sequence, printing each; stops at the end token. */
-static int generate(LlaisysQwen2Model *model, const LlaisysQwen2Meta *meta, int64_t *tokens, size_t count, long most) {
-    for (long i = 0; i < most && count < meta->maxseq; ++i) {
+static int generate(LlaisysQwen2Model *model, const LlaisysQwen2Meta *meta, int64_t *tokens, size_t count,
+                    int64_t most) {
+    for (int64_t i = 0; i < most && count < meta->maxseq; ++i) {
         /* The whole sequence goes in; only the token that is new since the last call is computed. */
         const int64_t next = llaisysQwen2ModelInfer(model, tokens, count);
         if (next < 0) return failed(llaisysLastError());
@@ -86,30 +117,28 @@ static int generate(LlaisysQwen2Model *model, const LlaisysQwen2Meta *meta, int6
 int main(int argc, char **argv) {
     if (argc < 4) return failed("usage: generate WEIGHTS NEW_TOKENS TOKEN [TOKEN ...]");
     if (llaisysAbiVersion() != LLAISYS_ABI_VERSION) return failed("the library is not the one of this header");
+    const size_t count = (size_t)argc - 3;
+    int64_t most;
+    if (!read_number(argv[2], &most)) return failed("NEW_TOKENS: expected a whole number of at least 0");
     FILE *file = fopen(argv[1], "rb");
     if (!file) return failed("can not open the weights");
 
     LlaisysQwen2Meta meta;
+    int32_t attention_bias = 1;
     uint64_t tensors = 0;
+    int64_t *tokens = NULL;
     LlaisysQwen2Model *model = NULL;
     int result = 1;
-    if (!read_meta(file, &meta, &tensors))
+    if (!read_meta(file, &meta, &attention_bias, &tensors))
         failed("the weights are not a file of llaisys.export");
-    else if (!(model = llaisysQwen2ModelCreate(&meta, LLAISYS_DEVICE_CPU, NULL, 0)))
+    else if (!(tokens = read_tokens(argv + 3, count, (uint64_t)most < meta.maxseq ? (size_t)most : meta.maxseq)))
+        failed("TOKEN: expected whole numbers of at least 0, and memory for them and those that follow");
+    else if (!(model = llaisysQwen2ModelCreate(&meta, LLAISYS_DEVICE_CPU, NULL, 0)) ||
+             llaisysQwen2ModelSetAttentionBias(model, attention_bias) < 0)
         failed(llaisysLastError());
-    int32_t status = model ? 1 : 0;
-    for (uint64_t i = 0; i < tensors && status == 1; ++i)
-        if ((status = load_tensor(file, model)) != 1)
-            failed(status ? llaisysLastError() : "a tensor that the model does not know, or a truncated file");
-    fclose(file);
-
-    const long most = strtol(argv[2], NULL, 10);
-    const size_t count = (size_t)argc - 3;
-    int64_t *tokens = most >= 0 ? malloc((count + (size_t)most) * sizeof *tokens) : NULL;
-    if (status == 1 && tokens) {
-        for (size_t i = 0; i < count; ++i) tokens[i] = strtoll(argv[3 + i], NULL, 10);
+    else if (load_tensors(file, model, tensors))
         result = generate(model, &meta, tokens, count, most);
-    }
+    fclose(file);
     free(tokens);
     if (model) llaisysQwen2ModelDestroy(model);
     return result;

@@ -1,4 +1,4 @@
-// A kernel of one's own, to start from: add for contiguous f32.
+// A kernel of one's own, to start from: add for contiguous f32, on the threads of the library.
 //
 //     llaisys try add my_add.cpp
 //
@@ -23,8 +23,13 @@ int32_t llaisysAdd(LlaisysTensor *out, const LlaisysTensor *a, const LlaisysTens
     if (out->dtype != LLAISYS_DTYPE_F32) return LLAISYS_ERROR_UNSUPPORTED;
     const int64_t count = elements(out);
     if (count > 0 && !(contiguous(out) && contiguous(a) && contiguous(b))) return LLAISYS_ERROR_UNSUPPORTED;
-    const auto *x = static_cast<const float *>(a->data), *y = static_cast<const float *>(b->data);
-    auto *sum = static_cast<float *>(out->data);
-    for (int64_t i = 0; i < count; ++i) sum[i] = x[i] + y[i];
-    return LLAISYS_OK;
+    struct Arrays {
+        const float *x, *y;
+        float *sum;
+    } arrays{static_cast<const float *>(a->data), static_cast<const float *>(b->data), static_cast<float *>(out->data)};
+    const auto add = [](void *context, int64_t begin, int64_t end) {
+        const auto [x, y, sum] = *static_cast<Arrays *>(context);
+        for (int64_t i = begin; i < end; ++i) sum[i] = x[i] + y[i];
+    };
+    return llaisysParallelFor(count, 1 << 14, add, &arrays);
 }

@@ -79,6 +79,13 @@ LLAISYS_API int32_t llaisysHasIsa(const char *name);
  * physical cores that the process may use. */
 LLAISYS_API int32_t llaisysSetNumThreads(int32_t count);
 LLAISYS_API int32_t llaisysNumThreads(void);
+/* Computes the items [begin, end) of something; it must not throw. */
+typedef void (*LlaisysPart)(void *context, int64_t begin, int64_t end);
+/* For kernels of one's own: calls body(context, begin, end) on parts of [0, count) that together cover it once, each of
+ * `grain` items at most (less than 1 counts as 1), on the threads in use, the calling one among them; in that one alone
+ * inside of a body, or while another call has the threads. What it computes must not depend on how the range is cut.
+ * INTERRUPTED as operators are; INVALID_ARGUMENT if `body` is NULL. */
+LLAISYS_API int32_t llaisysParallelFor(int64_t count, int64_t grain, LlaisysPart body, void *context);
 
 /* What this machine does per second at best, on the threads in use, measured in about `seconds` (0 to 60; a tenth will
  * do) with nothing else running: "read": bytes read from memory, from end to end; floating-point operations on

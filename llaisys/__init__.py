@@ -6,6 +6,7 @@ Nothing is loaded before it is used, so `import llaisys` is quick, and the share
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -68,4 +69,30 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)
+
+
+def _give_way() -> None:
+    """Put the installed package in the place of this one, which is that of a source tree.
+
+    Python finds it first where the tree is the current folder, but neither the library nor `reference` is in it. An
+    editable installation knows where they are.
+    """
+    import sys
+    from importlib.machinery import PathFinder
+    from importlib.util import module_from_spec
+    from pathlib import Path
+
+    tree = Path(__file__).resolve().parent.parent
+    spec = PathFinder.find_spec(__name__, [path for path in sys.path if Path(path or ".").resolve() != tree])
+    if spec is None or spec.loader is None:
+        raise ImportError(
+            f"llaisys: expected an installed package, found only its sources in {tree}, without the library: run "
+            f'"{sys.executable} -m pip install ." there'
+        )
+    module = sys.modules[__name__] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
+if find_spec(f"{__name__}._build") is None:
+    _give_way()

@@ -4,15 +4,13 @@ import signal
 
 
 def main() -> None:
-    """Run the command. Ctrl-C ends it without a traceback at any time."""
+    """Run the command. Ctrl-C ends it without a traceback at any time (see `commands.common.command`)."""
     ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not if a shell has it ignored
     if ours:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # while modules load, nothing needs an orderly end
     from .cli import main as command
 
     try:
-        if ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
         command()
     finally:
         if ours:

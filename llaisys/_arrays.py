@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ._interop import address_of, writable_address_of
-from .dtypes import DataType
+from .dtypes import DataType, numpy_name
 from .errors import DTypeError, IndexRangeError, InvalidArgumentError, OutOfMemoryError, StrideError, UnsupportedError
 from .tensor import Tensor
 
@@ -68,7 +68,9 @@ class NumpyKind:
     def layout(self, x: np.ndarray[Any, Any], label: str) -> Layout:
         dtype = DataType.of_numpy(x.dtype)
         if dtype is None:
-            raise DTypeError(f"{label}: expected an element type of llaisys, native byte order, found {x.dtype.str!r}")
+            raise DTypeError(
+                f"{label}: expected an element type of llaisys, native byte order, found {numpy_name(x.dtype)}"
+            )
         return Layout(x.shape, _strides(x.shape, x.strides, x.dtype.itemsize), dtype)
 
     def output_address(self, x: np.ndarray[Any, Any]) -> int:
@@ -128,6 +130,11 @@ class TorchKind:
             raise InvalidArgumentError("expected a tensor that needs no gradient, found requires_grad=True")
         return x.data_ptr()
 
+    def written(self, x: Any) -> None:
+        """Tell autograd, which then refuses a backward pass that needs what the tensor held before."""
+        if not x.is_inference():
+            sys.modules["torch"].autograd.graph.increment_version(x)
+
     def empty(self, shape: tuple[int, ...], native: Any) -> Any:
         return sys.modules["torch"].empty(shape, dtype=native)
 
@@ -176,7 +183,7 @@ class TensorKind:
 
 
 NUMPY = NumpyKind()
-_TORCH = TorchKind()
+TORCH = TorchKind()
 _KINDS: dict[type, Kind] = {np.ndarray: NUMPY, Tensor: TensorKind()}
 
 
@@ -192,7 +199,7 @@ def kind_of(x: Any) -> Kind | None:
         elif isinstance(x, Tensor):
             kind = _KINDS[Tensor]
         elif torch is not None and isinstance(x, torch.Tensor):
-            kind = _TORCH
+            kind = TORCH
         else:
             return None
         _KINDS[type(x)] = kind

@@ -74,6 +74,7 @@ class LlaisysNode(ctypes.Structure):
 
 #: LlaisysInterrupt and LlaisysTap: a nonzero result ends the call with INTERRUPTED.
 InterruptCallback = CFUNCTYPE(c_int32, c_void_p)
+PartCallback = CFUNCTYPE(None, c_void_p, c_int64, c_int64)
 TapCallback = CFUNCTYPE(c_int32, POINTER(LlaisysNode), c_void_p)
 
 #: Result and parameters of every function that is no operator. Handles are void pointers.
@@ -89,6 +90,7 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llaisysHasIsa": (c_int32, (c_char_p,)),
     "llaisysSetNumThreads": (c_int32, (c_int32,)),
     "llaisysNumThreads": (c_int32, ()),
+    "llaisysParallelFor": (c_int32, (c_int64, c_int64, PartCallback, c_void_p)),
     "llaisysMeasureRoof": (c_int32, (c_char_p, c_double, POINTER(c_double))),
     "llaisysSetInterrupt": (c_int32, (InterruptCallback, c_void_p)),
     "llaisysQwen2ModelCreate": (c_void_p, (POINTER(LlaisysQwen2Meta), c_int, POINTER(c_int), c_int)),

@@ -14,12 +14,10 @@ import json
 import math
 import os
 import platform
-import stat
 import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import IO, Any
 
 import ml_dtypes
@@ -28,6 +26,7 @@ import numpy.typing as npt
 
 from ._lib import MAX_DIMS, library_info
 from .errors import CaseError
+from .files import new_file, open_regular
 from .reference import DTYPES, SPECS, Spec
 from .reference.binding import Problem, bind, describe
 
@@ -88,10 +87,10 @@ def versions() -> dict[str, str]:
 
 
 def save_case(path: str | os.PathLike[str], case: Case) -> None:
-    """Write one case. OSError if the file cannot be written."""
+    """Write one case. FileError if the file cannot be written."""
     header, arrays = encode(case)
     text = np.frombuffer(json.dumps(header, indent=1).encode(), np.uint8)
-    with Path(path).open("wb") as file:
+    with new_file(path) as file:
         np.savez(file, allow_pickle=False, **{"header": text, **arrays})
 
 
@@ -195,10 +194,10 @@ def read_arrays(path: str | os.PathLike[str], members: int = MAX_MEMBERS) -> dic
     def refuse(field: str, expected: str, found: str) -> CaseError:
         return CaseError(file=path, field=field, expected=expected, found=found)
 
-    # Without O_NONBLOCK, opening a pipe would wait for somebody to write to it.
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise refuse("file", "a regular file", "another")
+    file = open_regular(path)
+    if file is None:
+        raise refuse("file", "a regular file", "another")
+    with file:
         try:
             with zipfile.ZipFile(file) as archive:
                 infos = archive.infolist()

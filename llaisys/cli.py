@@ -14,6 +14,7 @@ from .commands.doctor import doctor
 from .commands.generate import generate
 from .commands.replay import replay
 from .commands.selftest import selftest
+from .commands.streams import with_streams
 from .commands.trial import trial
 
 __all__ = ["app", "main"]
@@ -29,7 +30,7 @@ app = typer.Typer(
 
 def main() -> None:
     """The entry point of the command."""
-    app(prog_name="llaisys")
+    with_streams(lambda: app(prog_name="llaisys"))
 
 
 def _version(wanted: bool) -> None:

@@ -31,8 +31,9 @@ import numpy as np
 
 from ._fenv import FloatState
 from ._lib import operator_of_file
+from ._processes import interrupts_blocked, unblock_interrupts
 from .certify import Local, certify
-from .errors import InternalError, InvalidArgumentError, LibraryError, LlaisysError
+from .errors import FileError, InternalError, InvalidArgumentError, LibraryError, LlaisysError
 from .harness import (
     LAYOUTS,
     POISONS,
@@ -385,6 +386,7 @@ def _rows(
 
 def _work(job: Work, skip: int, pipe: connection.Connection, told: mmap.mmap) -> None:
     """In a process of its own: ("begin", number, tier, label) and ("end", result) for each case, and ("done",)."""
+    unblock_interrupts()
     tell_to(told)
     faulthandler.disable()  # what a crash is to be told, the parent tells
     _end_with_parent()
@@ -396,6 +398,8 @@ def _work(job: Work, skip: int, pipe: connection.Connection, told: mmap.mmap) ->
                 pipe.send(("begin", number, isa, label))
                 pipe.send(("end", examine()))
         pipe.send(("done",))
+    except FileError as error:
+        pipe.send(("unwritable", error))
     except Exception:  # not the library's fault, but ours
         pipe.send(("error", traceback.format_exc()))
 
@@ -435,7 +439,7 @@ def _start(job: Work, skip: int, crashes: int = 0) -> _Worker:
     here, there = context.Pipe(duplex=False)
     told = mmap.mmap(-1, TOLD)
     process = context.Process(target=_work, args=(job, skip, there, told), daemon=True)
-    with warnings.catch_warnings():
+    with interrupts_blocked(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # that forking with threads is dangerous: it is made for it
         process.start()
     there.close()
@@ -482,6 +486,8 @@ def _receive(worker: _Worker, active: list[_Worker], most: int) -> Iterator[Any]
         worker.number, worker.isa, worker.label = message[1:]
     elif message[0] == "end":
         yield message[1]
+    elif message[0] == "unwritable":
+        raise message[1]
     elif message[0] == "error":
         raise InternalError(f"{worker.job.op} {worker.job.dtype} {worker.isa}: {worker.label}: {message[1]}")
     else:
@@ -505,10 +511,11 @@ def _failed(worker: _Worker, active: list[_Worker], text: str, most: int) -> Ite
 
 
 def _ending(code: int) -> str:
-    return f"crashed with {_signal_name(-code)}" if code < 0 else f"the kernel ended the process, exit status {code}"
+    return f"crashed with {signal_name(-code)}" if code < 0 else f"the kernel ended the process, exit status {code}"
 
 
-def _signal_name(number: int) -> str:
+def signal_name(number: int) -> str:
+    """SIGSEGV for 11, and so on."""
     try:
         return signal.Signals(number).name
     except ValueError:
@@ -528,7 +535,7 @@ def answer(library: str, what: str, ask: Callable[[], Any]) -> Any:
     context = get_context("fork")
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(there, ask), daemon=True)
-    with warnings.catch_warnings():
+    with interrupts_blocked(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         process.start()
     there.close()
@@ -539,7 +546,7 @@ def answer(library: str, what: str, ask: Callable[[], Any]) -> Any:
     except EOFError:
         process.join()
         code = int(process.exitcode or 0)
-        how = _signal_name(-code) if code < 0 else f"exit status {code}"
+        how = signal_name(-code) if code < 0 else f"exit status {code}"
         raise LibraryError(f"{library} cannot be used: expected {what}, found {how}") from None
     finally:
         process.kill()
@@ -550,6 +557,7 @@ def answer(library: str, what: str, ask: Callable[[], Any]) -> Any:
 
 
 def _answer(pipe: connection.Connection, ask: Callable[[], Any]) -> None:
+    unblock_interrupts()
     faulthandler.disable()
     try:
         pipe.send(ask())

@@ -14,6 +14,11 @@ from .errors import DTypeError
 __all__ = ["DataType", "DeviceType", "MemcpyKind"]
 
 
+def numpy_name(dtype: np.dtype[Any]) -> str:
+    """What messages call a numpy element type: with its byte order ('>f4'), or its name where that says nothing."""
+    return dtype.name if dtype.str[1] == "V" else repr(dtype.str)
+
+
 class DeviceType(enum.IntEnum):
     """Where a tensor lives. Only the CPU is there; NVIDIA is known by name and reports 0 devices."""
 

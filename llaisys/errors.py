@@ -1,13 +1,13 @@
 """The exceptions of llaisys.
 
-One class for each error status of the C ABI, and three that only Python raises (`LibraryError`, `CheckpointError`,
-`CaseError`). Each is a `LlaisysError` and also the builtin that a Python programmer expects in its place: `except
-ValueError` works. Every message names what is wrong, what was expected and what was found.
+One class for each error status of the C ABI, and four that only Python raises (`LibraryError`, `CheckpointError`,
+`CaseError`, `FileError`). Each is a `LlaisysError` and also the builtin that a Python programmer expects in its place:
+`except ValueError` works. Every message names what is wrong, what was expected and what was found.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import Any
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "CaseError",
     "CheckpointError",
     "DTypeError",
+    "FileError",
     "HandleError",
     "IndexRangeError",
     "InternalError",
@@ -113,10 +114,10 @@ class LibraryError(LlaisysError, ImportError):
     """The shared library is missing, is no library, or does not belong to this package."""
 
 
-class CheckpointError(LlaisysError, ValueError):
-    """A checkpoint is refused. `file`, `field`, `expected` and `found` say why; the message is made of them."""
+class _RefusedFile(LlaisysError, ValueError):
+    """`file`, `field`, `expected` and `found` say why; the message is made of them."""
 
-    def __init__(self, *, file: str | Path, field: str, expected: Any, found: Any) -> None:
+    def __init__(self, *, file: str | os.PathLike[str], field: str, expected: Any, found: Any) -> None:
         super().__init__(f"{file}: {field}: expected {expected}, found {found}")
         self.file = str(file)
         self.field = field
@@ -125,19 +126,23 @@ class CheckpointError(LlaisysError, ValueError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The default would call __init__ with the message; the exception must survive multiprocessing.
-        return _checkpoint_error, (self.file, self.field, self.expected, self.found)
+        return _restored, (type(self), self.args), self.__dict__
 
 
-def _checkpoint_error(file: str, field: str, expected: Any, found: Any) -> CheckpointError:
-    return CheckpointError(file=file, field=field, expected=expected, found=found)
+def _restored(kind: type[_RefusedFile], args: tuple[Any, ...]) -> _RefusedFile:
+    return kind.__new__(kind, *args)
 
 
-class CaseError(LlaisysError, ValueError):
+class CheckpointError(_RefusedFile):
+    """A checkpoint is refused. `file`, `field`, `expected` and `found` say why; the message is made of them."""
+
+
+class CaseError(_RefusedFile):
     """A captured operator call is refused. `file`, `field`, `expected` and `found` say why."""
 
-    def __init__(self, *, file: Any, field: str, expected: Any, found: Any) -> None:
-        super().__init__(f"{file}: {field}: expected {expected}, found {found}")
-        self.file, self.field, self.expected, self.found = str(file), field, expected, found
+
+class FileError(LlaisysError, OSError):
+    """A file cannot be written."""
 
 
 _BY_STATUS: dict[int, type[LlaisysError]] = {cls.status: cls for cls in LlaisysError.__subclasses__() if cls.status}

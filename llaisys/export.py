@@ -2,8 +2,8 @@
 
 All numbers are little-endian and 64 bits wide:
 
-    8 bytes   "LLAISYS1"
-    9 int64   dtype (of llaisys.h), nlayer, hs, nh, nkvh, dh, di, maxseq, voc
+    8 bytes   "LLAISYS2"
+    10 int64  dtype (of llaisys.h), nlayer, hs, nh, nkvh, dh, di, maxseq, voc, attention_bias (0 or 1)
     2 double  epsilon, theta
     int64     end_token (-1: none)
     uint64    number of tensors; then for each of them
@@ -17,21 +17,21 @@ from __future__ import annotations
 import os
 import struct
 import sys
-from pathlib import Path
 
 import numpy as np
 
 from .checkpoint import Checkpoint
 from .dtypes import DataType
 from .errors import LlaisysError
+from .files import new_file
 
-MAGIC = b"LLAISYS1"
+MAGIC = b"LLAISYS2"
 
 
 def export(model: str | os.PathLike[str], file: str | os.PathLike[str]) -> None:
     """Write the checkpoint `model` (a folder, or "tiny") to `file`, which appears only when it is whole.
 
-    Raises CheckpointError if the checkpoint is not what it should be, OSError if the file cannot be written.
+    Raises CheckpointError if the checkpoint is not what it should be, FileError if the file cannot be written.
     """
     checkpoint = Checkpoint.open(model)
     c = checkpoint.config
@@ -47,21 +47,16 @@ def export(model: str | os.PathLike[str], file: str | os.PathLike[str]) -> None:
         c.intermediate_size,
         c.max_position_embeddings,
         c.vocab_size,
+        c.attention_bias,
     )
-    target = Path(file)
-    partial = target.with_name(target.name + ".partial")
-    try:
-        with partial.open("wb") as out:
-            out.write(MAGIC + struct.pack("<9q2dqQ", *numbers, c.rms_norm_eps, c.rope_theta, end_token, len(names)))
-            for name, array in checkpoint.tensors():
-                encoded = name.encode()
-                dtype = DataType.of_numpy(array.dtype)
-                out.write(struct.pack("<Q", len(encoded)) + encoded)
-                out.write(struct.pack(f"<QQ{array.ndim}QQ", dtype, array.ndim, *array.shape, array.nbytes))
-                out.write(np.ascontiguousarray(array).view(np.uint8).data)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with new_file(file) as out:
+        out.write(MAGIC + struct.pack("<10q2dqQ", *numbers, c.rms_norm_eps, c.rope_theta, end_token, len(names)))
+        for name, array in checkpoint.tensors():
+            encoded = name.encode()
+            dtype = DataType.of_numpy(array.dtype)
+            out.write(struct.pack("<Q", len(encoded)) + encoded)
+            out.write(struct.pack(f"<QQ{array.ndim}QQ", dtype, array.ndim, *array.shape, array.nbytes))
+            out.write(np.ascontiguousarray(array).view(np.uint8).data)
 
 
 def main() -> None:
@@ -70,7 +65,7 @@ def main() -> None:
         sys.exit("usage: python -m llaisys.export MODEL FILE")
     try:
         export(sys.argv[1], sys.argv[2])
-    except (LlaisysError, OSError) as error:
+    except LlaisysError as error:
         sys.exit(f"llaisys.export: {error}")
 
 

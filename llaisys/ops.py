@@ -6,6 +6,9 @@ copying, and return new arrays of the kind of the first tensor argument; several
 input whose last axis is not contiguous where the operator needs it so, and integer indices that are not int64 (lists
 are taken for these too).
 
+Autograd does not see them: a result has no grad_fn, and an `out` that needs a gradient is refused while gradients are
+recorded. One that autograd has saved counts as modified in place, so that backward() refuses it.
+
 Errors are those of `llaisys.errors`; the message names operator, argument, what was expected and what was found.
 """
 
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import inspect
+import reprlib
 from collections import namedtuple
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,10 +24,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import _lib
-from ._arrays import NUMPY, Layout, kind_of
+from ._arrays import NUMPY, TORCH, Layout, kind_of
 from ._lib import KEPT, MAX_DIMS, PENDING, LlaisysTensor
 from .dtypes import INTEGERS, DataType
-from .errors import DTypeError, InvalidArgumentError, LlaisysError, ShapeError, StrideError
+from .errors import (
+    DTypeError,
+    IndexRangeError,
+    InterruptedCallError,
+    InvalidArgumentError,
+    LlaisysError,
+    ShapeError,
+    StrideError,
+)
 from .reference import SPECS
 from .reference.spec import DTYPES, FLOATS, Arg, Spec
 
@@ -34,6 +46,8 @@ if TYPE_CHECKING:
 
 _MISSING = object()
 _MOST_PLANS = 1024
+#: Statuses after which an output has been written to.
+_WROTE = (0, InterruptedCallError.status)
 _FLOATS = {DataType.of_name(name) for name in FLOATS}
 _EXACT = {name: DataType.of_name(name) for name in DTYPES}
 _KINDS_TEXT = "a numpy array, a CPU torch tensor or a llaisys.Tensor"
@@ -42,14 +56,16 @@ _KINDS_TEXT = "a numpy array, a CPU torch tensor or a llaisys.Tensor"
 class _Plan:
     """What all calls of one operator share whose arguments have the same kinds, shapes, strides and dtypes.
 
-    `addresses` fetch the address of each tensor, outputs first; `fresh` allocate the outputs where none are given.
+    `addresses` fetch the address of each tensor, outputs first; `fresh` allocate the outputs where none are given;
+    `written` are to be told of a call: number of the tensor and function.
     `frames` are argument lists not in use: the structs, filled in but for their address, and where these lie.
     """
 
-    __slots__ = ("addresses", "frames", "fresh", "function", "layouts")
+    __slots__ = ("addresses", "frames", "fresh", "function", "layouts", "written")
 
     def __init__(self, function: Any, layouts: Sequence[Layout | None], addresses: Sequence[Any], fresh: Any) -> None:
         self.function, self.layouts, self.addresses, self.fresh = function, layouts, addresses, fresh
+        self.written: list[tuple[int, Callable[[Any], None]]] = []
         self.frames: list[tuple[tuple[LlaisysTensor, ...], tuple[int | None, ...]]] = []
 
     def frame(self) -> tuple[tuple[LlaisysTensor, ...], tuple[int | None, ...]]:
@@ -140,6 +156,7 @@ class _Operator:
         addresses = [k.output_address if given else k.address for k in outputs if k is not None] + addresses
         function = self.entry(self.spec)
         plan = _Plan(function, layouts, addresses, [(result_kind.empty, shape, native) for shape, native in fresh])
+        plan.written = [(i, TORCH.written) for i in range(given) if kinds[i] is TORCH]
         if len(self.plans) >= _MOST_PLANS:
             self.plans.clear()
         self.plans[key] = plan
@@ -149,10 +166,7 @@ class _Operator:
         """The layout of one argument, and the argument itself or, if the C entry cannot read it so, a copy."""
         kind = kind_of(x)
         if kind is None and arg.role == "in" and arg.dtype == "i64" and isinstance(x, (list, tuple, range)):
-            try:
-                x = np.asarray(x) if len(x) else np.zeros(0, np.int64)
-            except (ValueError, OverflowError):
-                x = None
+            x = _indices(x, label)
             kind = kind_of(x)
         if kind is None:
             raise DTypeError(f"{label}: expected {_KINDS_TEXT}, found {type(x).__name__}")
@@ -168,7 +182,8 @@ class _Operator:
             return layout, x
         if arg.role == "out":
             expected = "strides of whole elements" if strides is None else "a contiguous last axis"
-            raise StrideError(f"{label}: expected {expected}, found strides {strides} for shape {layout.shape}")
+            found = f"strides of {x.strides} bytes" if strides is None else f"strides {strides}"
+            raise StrideError(f"{label}: expected {expected}, found {found} for shape {layout.shape}")
         x = kind.compact(x)
         return kind.layout(x, label), x
 
@@ -293,6 +308,9 @@ class _Operator:
             except (LlaisysError, ctypes.ArgumentError) as error:
                 raise self.explain(error, tensors, args[ninputs:]) from None
             plan.frames.append((structs, pointers))
+            if plan.written and status in _WROTE:
+                for i, tell in plan.written:
+                    tell(tensors[i])
             if status or KEPT:
                 check(status)
             return tensors[0] if single else result(*tensors[:noutputs])
@@ -316,6 +334,19 @@ class _Operator:
 def operator_of(spec: Spec, entry: Callable[[Spec], Any], check: Callable[[int], Any]) -> Callable[..., Any]:
     """The function that this module would have if `entry` gave the C entry of the operator, and `check` its errors."""
     return _Operator(spec, entry, check).function()
+
+
+def _indices(x: Sequence[Any], label: str) -> np.ndarray[Any, Any]:
+    """A list of integers, or of lists of them, as an array."""
+    try:
+        array = np.asarray(x) if len(x) else np.zeros(0, np.int64)
+    except (ValueError, OverflowError):
+        raise ShapeError(f"{label}: expected lists of equal lengths, found {reprlib.repr(x)}") from None
+    if array.dtype == object:  # numbers beyond 64 bits are objects; so is what is no number
+        whole = all(isinstance(item, int) for item in array.flat)
+        error, expected = (IndexRangeError, "values that fit int64") if whole else (DTypeError, "integers")
+        raise error(f"{label}: expected {expected}, found {reprlib.repr(x)}")
+    return array
 
 
 def _nothing(x: None) -> None:
@@ -369,3 +400,7 @@ for _name, _operator in _operators.items():
         globals()[_operator.result.__name__] = _operator.result
 
 __all__ = sorted(_operators)
+
+
+def __dir__() -> list[str]:
+    return sorted([*_operators, *(o.result.__name__ for o in _operators.values() if o.result is not None)])

@@ -83,8 +83,9 @@ class Sampling:
             raise ShapeError(f"logits: expected shape [V], found {list(scores.shape)}")
         if self.repetition_penalty != 1:
             seen = np.unique(np.asarray(token_ids, np.int64))
-            penalty = np.float32(self.repetition_penalty)
-            scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
+            with np.errstate(over="ignore", invalid="ignore"):
+                penalty = np.float32(self.repetition_penalty)
+                scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
         if not self.do_sample:
             return scores
         if self.temperature != 1:
@@ -114,15 +115,15 @@ class Sampler:
         self._random = np.random.Generator(np.random.Philox(seed)) if settings.do_sample else None
 
     def next(self, logits: Array, token_ids: Sequence[int] | Array) -> int:
-        """The next token. InvalidArgumentError for logits that are no probabilities (NaN, or infinite) in a draw."""
+        """The next token. InvalidArgumentError for NaN, and in a draw also for infinite logits."""
         settings = self.settings
         if not settings.do_sample and settings.repetition_penalty == 1:
             logits = np.asarray(logits, np.float32)
             if logits.ndim == 1 and len(logits):
-                return int(logits.argmax())  # no step changes a score
+                return _largest(logits)  # no step changes a score
         scores = settings.scores(logits, token_ids)
         if self._random is None:
-            return int(scores.argmax())
+            return _largest(scores)
         top = scores.max()
         if not np.isfinite(top):
             raise InvalidArgumentError(f"logits: expected finite numbers to draw from, found {top}")
@@ -130,6 +131,13 @@ class Sampler:
         # The first token whose cumulated probability exceeds the number; never one of probability 0.
         index = np.searchsorted(cumulated, self._random.random() * cumulated[-1], side="right")
         return int(min(index, np.searchsorted(cumulated, cumulated[-1])))
+
+
+def _largest(scores: Array) -> int:
+    index = int(scores.argmax())  # that of a NaN, if there is one
+    if math.isnan(scores[index]):
+        raise InvalidArgumentError(f"logits: expected numbers to choose from, found nan at {index}")
+    return index
 
 
 def _softmax(scores: Array) -> Array:

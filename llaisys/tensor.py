@@ -13,7 +13,7 @@ import numpy as np
 
 from ._interop import BF16_CODE, address_of, checked_address, export, importer, retag
 from ._lib import MAX_DIMS, LlaisysTensor
-from .dtypes import DataType, DeviceType
+from .dtypes import DataType, DeviceType, numpy_name
 from .errors import (
     DTypeError,
     HandleError,
@@ -294,8 +294,9 @@ class Tensor:
             raise InvalidArgumentError(f"Tensor.from_numpy: expected a numpy array, found {type(array).__name__}")
         dtype = DataType.of_numpy(array.dtype)
         if dtype is None:
+            found = numpy_name(array.dtype)
             raise DTypeError(
-                f"Tensor.from_numpy: expected an element type of llaisys, native byte order, found {array.dtype.str!r}"
+                f"Tensor.from_numpy: expected an element type of llaisys, native byte order, found {found}"
             )
         unit = array.dtype.itemsize
         if any(stride % unit for stride in array.strides):
@@ -315,9 +316,9 @@ class Tensor:
         if dtype is None:
             raise DTypeError(f"Tensor.from_torch: expected an element type of llaisys, found {tensor.dtype}")
         if tensor.layout != torch.strided or tensor.is_nested or tensor.is_conj() or tensor.is_neg():
-            raise StrideError(
-                f"Tensor.from_torch: expected a dense tensor without lazy conj or neg, found layout {tensor.layout}"
-            )
+            lazy = "lazy conj" if tensor.is_conj() else "lazy neg" if tensor.is_neg() else ""
+            found = "a nested one" if tensor.is_nested else lazy or f"layout {tensor.layout}"
+            raise StrideError(f"Tensor.from_torch: expected a dense tensor without lazy conj or neg, found {found}")
         alive = tensor.detach()
         try:
             address = alive.data_ptr() or (0 if not alive.numel() else None)

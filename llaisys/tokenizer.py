@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .chat_template import TemplateRefused, render
-from .errors import CheckpointError, IndexRangeError, InvalidArgumentError
+from .errors import CheckpointError, DTypeError, IndexRangeError, InvalidArgumentError
 from .folder import ModelFolder, foreign, show
 
 __all__ = ["TextStream", "Tokenizer"]
@@ -74,6 +75,9 @@ class Tokenizer:
                 template = folder.read_bytes("chat_template.jinja", MAX_TEMPLATE_BYTES).decode("utf-8")
         return cls(folder, backend, settings, template)
 
+    def __repr__(self) -> str:
+        return f"Tokenizer({str(self.folder.path)!r}, vocab_size={self.vocab_size})"
+
     @property
     def vocab_size(self) -> int:
         """One more than the highest id; the model may have more rows, or fewer, which it checks where it matters."""
@@ -121,9 +125,12 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD, ids beyond the vocabulary become nothing.
 
-        Raises IndexRangeError for what can be no id.
+        Raises IndexRangeError for what can be no id, DTypeError for what is no number.
         """
-        checked = [int(token) for token in ids]
+        try:
+            checked = [operator.index(token) for token in ids]
+        except TypeError:
+            raise DTypeError(f"ids: expected integers, found {show(ids)}") from None
         for token in checked:
             if not 0 <= token < 1 << 32:
                 raise IndexRangeError(f"ids: expected tokens from 0 to {(1 << 32) - 1}, found {show(token)}")
@@ -169,6 +176,12 @@ class Tokenizer:
                 raise InvalidArgumentError(
                     f"messages: expected what the chat template takes, found: {show(str(error), 300)}"
                 ) from None
+            for index, message in enumerate(messages):
+                if "content" not in message:  # most templates take it for a text
+                    raise InvalidArgumentError(
+                        f"messages[{index}]: expected an object with a role and content, found {show(message)}, "
+                        f"with which the chat template fails: {show(str(error), 300)}"
+                    ) from None
             raise CheckpointError(
                 file=self._file, field=field, expected="a template that renders", found=show(str(error), 500)
             ) from None

@@ -153,7 +153,7 @@ def random_inputs(spec: Spec, rng: np.random.Generator, dims: Dims, dtype: np.dt
     }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Spec:
     """One operator. See the module docstring for who reads it.
 
@@ -187,6 +187,9 @@ class Spec:
     flops: Callable[[Dims], int] = field(default=lambda dims: 0)
     bytes: Callable[[Dims, int], int] | None = None
     raises: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<Spec of {self.name}: {self.formula}>"
 
     @property
     def c_name(self) -> str:

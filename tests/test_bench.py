@@ -186,6 +186,7 @@ def test_shares_of_the_roof() -> None:
         case, {"native": (2, [0.02, 0.02, 0.04]), "torch": (1, [0.03])}, {"native": 0.5, "torch": 0.5}, 25e9
     )
     row = result.row("native", ROOFS_OF_A_MACHINE)
+    assert row["iqr_percent"] == pytest.approx(50)
     assert row["microseconds"] == pytest.approx(10e3) and row["speed_relative_to_torch"] == pytest.approx(3)
     nbytes = 4 * (10 * 10000 + 5000 * 10000 + 5000 + 10 * 5000)
     assert row["bytes"] == nbytes and row["flops"] == 10**9 and row["gflops"] == pytest.approx(100)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import llaisys
+from checkpoints import SMALL, plain_weights, write_plain
 from llaisys import Qwen2, _lib
 from llaisys.checkpoint import Checkpoint
 from llaisys.dtypes import DataType
@@ -339,6 +340,19 @@ def test_the_example_prints_the_tokens_of_python(example: Path) -> None:
     assert [int(token) for token in done.stdout.split()] == expected[len(prompt) :]
 
 
+def test_the_example_on_a_model_without_biases(example: Path, tmp_path: Path) -> None:
+    weights = {name: x for name, x in plain_weights().items() if not name.endswith("bias")}
+    folder = write_plain(tmp_path, {**SMALL, "attention_bias": False, "eos_token_id": 66}, weights)
+    export(folder, example / "plain.bin")
+    expected = Qwen2(folder).generate([1, 2, 5], max_new_tokens=6, top_k=1)
+    done = run_example(example, "plain.bin", "6", "1", "2", "5")
+    assert done.returncode == 0, done.stderr
+    assert [int(token) for token in done.stdout.split()] == expected[3:]
+    # As many as fit are no more than the model has room for.
+    done = run_example(example, "plain.bin", str(2**62), "1", "2", "5")
+    assert done.returncode == 0 and 6 <= len(done.stdout.split()) <= SMALL["max_position_embeddings"] - 3
+
+
 def test_the_example_under_valgrind(example: Path) -> None:
     valgrind = shutil.which("valgrind")
     if valgrind is None:
@@ -365,6 +379,11 @@ def test_the_example_under_valgrind(example: Path) -> None:
         (("other.bin", "4", "1"), "not a file of llaisys.export"),
         (("none.bin", "4", "1"), "can not open"),
         (("tiny.bin",), "usage"),
+        (("tiny.bin", "x", "1"), "NEW_TOKENS: expected a whole number of at least 0"),
+        (("tiny.bin", "4x", "1"), "NEW_TOKENS"),
+        (("tiny.bin", "-1", "1"), "NEW_TOKENS"),
+        (("tiny.bin", "9" * 30, "1"), "NEW_TOKENS"),
+        (("tiny.bin", "4", "1", "two"), "TOKEN: expected whole numbers"),
     ],
 )
 def test_the_example_says_what_is_wrong(example: Path, args: tuple[str, ...], text: str) -> None:

@@ -66,8 +66,8 @@ def test_plan_selects() -> None:
         ("add", "f16"),
     }
     assert all(j.threads == (3,) for j in plan(["rope"], [], ["scalar"], 3, None))
-    with pytest.raises(InvalidArgumentError, match="op: expected one of add, .* found 'relu'"):
-        plan(["relu"], [], ["scalar"], None, None)
+    with pytest.raises(InvalidArgumentError, match="op: expected one of add, .* found 'no_such_op'"):
+        plan(["no_such_op"], [], ["scalar"], None, None)
 
 
 # ------------------------------------------------------------------- faults
@@ -220,16 +220,16 @@ def test_command_at_a_terminal() -> None:
 def test_command_on_json_and_errors(tmp_path: Path) -> None:
     done = run("check", "add", "--isa", "scalar", "--json", "-")
     assert {r["outcome"] for r in json.loads(done.stdout)} == {"pass"}
-    done = run("check", "relu")
-    assert done.returncode == 1 and b"llaisys: error: op: expected one of add," in done.stderr
+    done = run("check", "no_such_op")
+    assert done.returncode == 2 and b"llaisys: error: op: expected one of add," in done.stderr
     done = run("check", "embedding", "--dtype", "f32", "--from", str(tmp_path / "none.npz"))
-    assert done.returncode == 1 and b"none.npz: file: expected a trace or case" in done.stderr
+    assert done.returncode == 2 and b"none.npz: file: expected a trace or case" in done.stderr
 
 
 def test_command_with_a_library_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "lib.so").write_text("no library")
     done = run("check", "add", env={"LLAISYS_LIBRARY": str(tmp_path / "lib.so")})
-    assert done.returncode == 1 and b"cannot be loaded" in done.stderr
+    assert done.returncode == 2 and b"cannot be loaded" in done.stderr
 
 
 def test_command_from_a_trace(tmp_path: Path) -> None:
@@ -242,4 +242,4 @@ def test_command_from_a_trace(tmp_path: Path) -> None:
     assert done.returncode == 0 and {r["op"] for r in found} == {"swiglu", "linear"}
     assert {r["outcome"] for r in found} == {"pass"} and any("step 1, position" in r["case"] for r in found)
     done = run("check", "swiglu", "--from", str(trace), "--model", str(tmp_path))
-    assert done.returncode == 1 and b"llaisys: error: " in done.stderr
+    assert done.returncode == 2 and b"llaisys: error: " in done.stderr

@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +231,70 @@ main()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment(), check=False)
     assert done.returncode == status and done.stderr == b""
+
+
+@pytest.mark.parametrize("command", ["generate -p x", "diff -p x --decode 0", "check add --dtype f32", "--help"])
+def test_nobody_reads_the_output(command: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "llaisys", *command.split()], stdout=write, stderr=subprocess.PIPE, env=environment()
+        )
+        assert child.communicate()[1] == b"" and child.returncode == 141
+    finally:
+        os.close(write)
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("command", ["generate -p x", "doctor", "check add --dtype f32", "--help", "--version"])
+def test_stdout_that_takes_nothing(command: str) -> None:
+    with Path("/dev/full").open("wb") as full:
+        child = subprocess.run(
+            [sys.executable, "-m", "llaisys", *command.split()],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env=environment(),
+            check=False,
+        )
+    assert child.returncode == 2
+    assert child.stderr == b"llaisys: error: stdout: expected to write to it, found: No space left on device\n"
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(closed: str, tmp_path: Path) -> None:
+    for command, status in (("diff -p x --decode 0 --json r.json", 0), ("generate", 1), ("generate nowhere -p x", 1)):
+        line = f"exec {sys.executable} -m llaisys {command} {closed}"
+        done = subprocess.run(
+            ["/bin/sh", "-c", line], cwd=tmp_path, capture_output=True, stdin=subprocess.DEVNULL, env=environment()
+        )
+        assert done.returncode == status and b"Traceback" not in done.stderr, done.stderr
+    assert json.loads((tmp_path / "r.json").read_text())["exit_code"] == 0
+
+
+def test_a_table_on_a_stdout_that_is_not_unicode() -> None:
+    done = run("diff", "-p", "é", "--decode", "0", env={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and done.stdout.startswith(b"certified") and done.stderr == b""
+
+
+@pytest.mark.parametrize("command", ["diff -p x --decode 8", "generate -p x -n 500", "check add"])
+def test_ctrl_c_at_any_time(command: str, tmp_path: Path) -> None:
+    code = "from llaisys.__main__ import main; print(flush=True); main()"
+    for delay in (0.03, 0.06, 0.1, 0.2, 0.3, 0.5, 0.8):
+        child = subprocess.Popen(
+            [sys.executable, "-c", code, *command.split()],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment(),
+            cwd=tmp_path,
+            start_new_session=True,
+        )
+        assert child.stdout is not None and child.stdout.read(1) == b"\n"
+        time.sleep(delay)
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGINT)
+        assert child.communicate()[1] == b"", delay
+        assert child.returncode in (0, 130, -signal.SIGINT)
 
 
 # ------------------------------------------------------------ the command

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import llaisys
 from checkpoints import SMALL, plain_weights, shapes_of, write_plain
 from llaisys import diff, ops, reference
-from llaisys.errors import InvalidArgumentError
+from llaisys.errors import InvalidArgumentError, StateError
 from llaisys.models import Node, Qwen2
 from llaisys.models.nodes import graph
 
@@ -185,7 +186,127 @@ def test_a_fault_in_decode_only(folder: Path) -> None:
 
     report = run(folder, swap={LAYER + "mlp.act": act})
     first = report.faults[0]
-    assert (first.site, first.certificate) == (LAYER + "mlp.act", "LOCAL")
+    assert (first.site, first.certificate, first.step) == (LAYER + "mlp.act", "LOCAL", 1)
+    assert first.hypothesis is not None and first.hypothesis.endswith("in calls of one row, right in a call of more")
+    assert first.swap is not None and "brings it back" in first.swap
+    (prefill,) = [node for node in report.nodes if node.site == first.site and node.step == 0]
+    assert prefill.outcomes["LOCAL"] == "pass" and prefill.ratio <= 1
+
+
+def test_faults_in_decode_only_are_blamed_in_order(folder: Path) -> None:
+    """A repetition comes upon each of them too, in another place; what the run itself has is not displaced by that."""
+
+    def down(x: Any, weight: Any, bias: Any = None) -> Any:
+        return ops.linear(x, weight) * np.float32(1.5 if len(x) == 1 else 1)
+
+    report = run(folder, swap={"layers.0.mlp.down_proj": down, "layers.1.self_attn.o_proj": down})
+    local = [fault for fault in report.faults if fault.certificate == "LOCAL"]
+    assert [fault.site for fault in local] == ["model.layers.0.mlp.down_proj", LAYER + "self_attn.o_proj"]
+    assert report.faults[0] == local[0] and [fault.step for fault in local] == [1, 1]
+    assert local[0].position == len(TOKENS)
+
+
+def test_a_fault_that_only_a_repetition_has(folder: Path) -> None:
+    def ahead(x: Any, pos_ids: Any, theta: float) -> Any:
+        return ops.rope(x, pos_ids + (len(x) == 1), theta)
+
+    report = run(folder, decode=0, swap={LAYER + "self_attn.rope_k": ahead})
+    first = report.faults[0]
+    assert (first.site, first.certificate) == (LAYER + "self_attn.rope_k", "LOCAL")
+    assert "then cut, in a call of 1 row: out: " in first.message
+    assert first.hypothesis == "position offset +1, in calls of one row"
+    assert first.swap is not None and "brings it back" in first.swap
+    (prefill,) = [node for node in report.nodes if node.site == first.site]
+    assert (prefill.outcomes["LOCAL"], prefill.outcomes["REPEAT"]) == ("pass", "fault")
+
+
+# ---------------------------------------------------------------- without taps
+
+
+def untapped(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any, Any], None]) -> None:
+    """Let `change(tokens, logits)` see to what the engine gives where nobody watches."""
+    import importlib
+
+    native = importlib.import_module("llaisys.models.native")
+    true = native.NativeSession.forward
+
+    def forward(self: Any, tokens: Any, nlogits: int) -> Any:
+        logits = true(self, tokens, nlogits)
+        if self._tap is None:
+            change(tokens, logits)
+        return logits
+
+    monkeypatch.setattr(native.NativeSession, "forward", forward)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "step", "how"),
+    [
+        (lambda tokens: True, 0, "as in the run"),
+        (lambda tokens: len(tokens) == 1, 1, "as in the run"),
+        (lambda tokens: len(tokens) == len(TOKENS) + 3, 3, "all tokens in one prefill"),
+        (lambda tokens: len(tokens) == 2, 0, "cut back, and the rest in pieces"),
+    ],
+    ids=["always", "decode", "whole", "pieces"],
+)
+def test_the_engine_without_taps(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, wrong: Callable[[Any], bool], step: int, how: str
+) -> None:
+    """One bit of the logits is another where no tap is set, which leaves every token as it is."""
+
+    def change(tokens: Any, logits: Any) -> None:
+        if wrong(tokens):
+            logits[-1:].view(np.uint32)[:, 7] ^= 1
+
+    untapped(monkeypatch, change)
+    report = run(folder)
+    (fault,) = report.faults
+    assert (fault.site, fault.op, fault.certificate) == ("the engine without taps", "forward", "REPEAT")
+    assert fault.step == step and f"without taps, {how}, " in fault.message and "others in 1 of 67" in fault.message
+    assert all(node.outcome == "pass" for node in report.nodes)
+    assert any("llaisysQwen2ModelInfer was not tried" in note for note in report.notes)
+
+
+def test_without_taps_an_error_and_a_race(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = [0]
+
+    def change(tokens: Any, logits: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 2:
+            logits[-1, 7] += 1
+
+    with monkeypatch.context() as patch:
+        untapped(patch, change)
+        (fault,) = run(folder).faults
+        assert "others, but not once more" in fault.message and "not the same bits each time" in str(fault.hypothesis)
+
+    def fail(tokens: Any, logits: Any) -> None:
+        raise StateError("out of order")
+
+    untapped(monkeypatch, fail)
+    (fault,) = run(folder).faults
+    assert fault.site == "the engine without taps" and fault.message.endswith("failed: out of order")
+
+
+def test_which_layers_in_one_call_are_wrong() -> None:
+    from llaisys.diff.untapped import _origin
+
+    right = [{"k": np.array([1, 2]), "v": np.array([3, 4])} for _ in range(3)]
+
+    def with_wrong(layer: int, *names: str) -> Any:
+        return [{n: x + (i >= layer and n in names) for n, x in both.items()} for i, both in enumerate(right)]
+
+    for found, text in (
+        (right, "gate_proj and up_proj or q_proj of layer 2, or the logits on their way out (all keys"),
+        (with_wrong(0, "k", "v"), ": q_proj, k_proj and v_proj of layer 0 (the keys and values of layer 0 are"),
+        (with_wrong(1, "v"), ": q_proj, k_proj and v_proj of layer 1 (the values of layer 1 are the first"),
+        (
+            with_wrong(1, "k", "v"),
+            ": gate_proj and up_proj or q_proj of layer 0, or q_proj, k_proj and v_proj of",
+        ),
+    ):
+        assert text in str(_origin(found, right))
+    assert _origin([], []) is None
 
 
 def test_repeat_finds_what_depends_on_the_rows(folder: Path) -> None:
@@ -266,6 +387,19 @@ def test_param(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = report.faults[0]
     assert (first.site, first.certificate) == (LAYER + "self_attn.rope_k", "PARAM")
     assert any("scale: expected" in fault.message for fault in report.faults)
+
+
+def test_positions_that_are_wrong_from_some_row_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tamper(node: Node) -> None:
+        if node.site == LAYER + "self_attn.rope_k" and node.position == 0:
+            positions = node.inputs["pos_ids"]
+            assert positions is not None
+            node.inputs["pos_ids"] = positions + (positions >= 5)
+
+    tampered(monkeypatch, tamper)
+    first = run(folder).faults[0]
+    assert (first.site, first.certificate, first.position) == (LAYER + "self_attn.rope_k", "PARAM", 5)
+    assert "pos_ids: expected 0 and on, first at [5]: expected 5, found 6" in first.message
 
 
 def test_weights_are_those_of_the_checkpoint(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,6 +521,33 @@ def test_infer_and_its_prefixes(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "llaisysQwen2ModelInfer after a prompt with one other token" in first.message
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_is_told(tmp_path: Path, value: float, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both sides agree on NaN, which certifies it; that the result is worth nothing is said beside."""
+    from llaisys.diff.html import to_html
+    from llaisys.diff.text import print_report
+
+    name = LAYER + "mlp.down_proj.weight"
+    weights = {key: x if x.ndim == 1 else x * x.shape[1] ** -0.5 for key, x in plain_weights(seed=5).items()}
+    weights[name][5, 3] = value
+    report = run(write_plain(tmp_path / "model", weights=weights))
+    assert report.exit_code == 0
+    print_report(report)
+    out = capsys.readouterr().out
+    assert out.splitlines()[1].startswith(f"NOT FINITE: {name} of the checkpoint is {value} at [5, 3]; ")
+    for text in (
+        f"in out is {LAYER}mlp.down_proj, the prompt, position 0",
+        "the logits of 15 positions are not finite",
+    ):
+        assert text in report.nonfinite and text in to_html(report)
+    assert "in the logits" not in out.partition("context")[2]
+    assert diff.Report.from_json(report.to_json()) == report
+
+
+def test_finite_runs_say_nothing_of_it(folder: Path) -> None:
+    assert run(folder, decode=1).nonfinite == ""
+
+
 # --------------------------------------------------------------------- context
 
 
@@ -401,13 +562,16 @@ def test_drift_and_flips(folder: Path) -> None:
         assert flip.native != flip.reference and flip.margin >= 0 and flip.noise > 0
 
 
-def test_transformers_as_context() -> None:
+def test_transformers_as_context(capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
-    report = run("tiny", decode=1, tokens=None, prompt="def f(x):", oracle="hf")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        report = run("tiny", decode=1, tokens=None, prompt="def f(x):", oracle="hf")
     certified(report)
     found = {d.site: d.transformers for d in report.drift if d.transformers is not None}
     assert set(found) == set(graph(5))
     assert max(found.values()) < 0.05
+    assert capfd.readouterr() == ("", "")
 
 
 def test_without_context(folder: Path) -> None:
@@ -460,3 +624,16 @@ def test_arguments_are_checked(folder: Path) -> None:
     ):
         with pytest.raises(InvalidArgumentError, match=text):
             run(folder, **options)  # type: ignore[arg-type]
+
+
+def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
+    import shutil
+
+    from llaisys.checkpoint import Checkpoint
+    from llaisys.errors import IndexRangeError
+
+    folder = write_plain(tmp_path / "model")
+    for path in Checkpoint.open("tiny").path.glob("tokenizer*"):
+        shutil.copy(path, folder)
+    with pytest.raises(IndexRangeError, match="prompt: the tokenizer gives .*, the model has 67 tokens"):
+        run(folder, tokens=None, prompt="def fibonacci(n):")

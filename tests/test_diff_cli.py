@@ -57,11 +57,15 @@ def test_tokens_from_a_file_and_swaps(tmp_path: Path) -> None:
         (["-p", "x", "--swap", "nothing=reference"], "matches nothing"),
         (["-p", "x", "--max-memory", "much"], "--max-memory: expected a size"),
         (["--tokens", "nowhere"], "--tokens: expected a file"),
+        (["--tokens", "many"], f"--tokens: expected token ids in many, found '{'9' * 40}...'"),
+        (["--tokens", "big"], "tokens[1]: expected a token from 0 to "),
         (["-p", "x", "--oracle", "gguf"], "oracle: expected"),
         (["-p", "x", "--save", "nowhere/t.trace"], "nowhere"),
     ],
 )
 def test_errors_are_no_verdict(options: list[str], text: str, tmp_path: Path) -> None:
+    (tmp_path / "many").write_text("1 " + "9" * 5000)
+    (tmp_path / "big").write_text(f"[1, {10**17}]")
     done = run("diff", *options, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("llaisys: error: ") and text in done.stderr
     assert "Traceback" not in done.stderr
@@ -129,6 +133,16 @@ def test_a_crash_is_a_fault_of_its_node(faulty: Any, what: str, text: str) -> No
     assert fault.site == "model.layers.2.mlp.gate_proj", fault.message
 
 
+@pytest.mark.parametrize("scene", ["the engine without taps", "llaisysQwen2ModelInfer"])
+def test_a_crash_where_nobody_watches(scene: str) -> None:
+    """No node was told to run, so that none is blamed."""
+    from llaisys.diff.isolated import _ended
+
+    (fault,) = _ended({"model": "tiny", "decode": 1}, (scene, 0, ""), "the process died of SIGSEGV", 0.0).faults
+    assert (fault.site, fault.op) == ("the engine without taps", "forward")
+    assert fault.message == f"the process died of SIGSEGV in {scene}"
+
+
 def test_a_fault_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The text of a fault, from a run within this process."""
     from llaisys import ops
@@ -140,8 +154,8 @@ def test_a_fault_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     report = diff.run("tiny", PROMPT, 2, swap={"layers.2.self_attn.rope_k": late}, reproducers=tmp_path / "faults")
     print_report(report)
     out = capsys.readouterr().out
-    assert max(map(len, out.splitlines())) <= 100
-    first, *_ = out.splitlines()
+    first, *lines, last = out.splitlines()
+    assert max(map(len, lines)) <= 100 and last.startswith("next  llaisys replay ")  # which is to be copied whole
     assert first == "FAULT: LOCAL of model.layers.2.self_attn.rope_k, the prompt, position 0"
     for text in (
         "certificate  LOCAL, the output is not what the operator makes of its inputs",
@@ -153,6 +167,34 @@ def test_a_fault_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     ):
         assert text in out, out
     assert report.faults[0].reproducer is not None and Path(report.faults[0].reproducer).is_file()
+
+
+@pytest.mark.parametrize("prompt", ["it's a test", PROMPT, "-x"])
+def test_the_next_command_can_be_copied(prompt: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is one line, whatever the prompt, and runs the same tokens again."""
+    from dataclasses import replace
+
+    from llaisys.diff.text import next_command, print_report
+
+    report = diff.run("tiny", prompt, 1, context=False)
+    fault = diff.Fault("model.layers.2.mlp.act", "swiglu", 0, 0, "EDGE", "made up")
+    report.faults = [fault]
+    command = next_command(report)
+    print_report(report)
+    assert capsys.readouterr().out.splitlines()[-1] == f"next  {command}"
+    command = command.replace("llaisys diff", f"{sys.executable} -m llaisys diff", 1) + " --json r.json"
+    done = subprocess.run(
+        command, shell=True, capture_output=True, text=True, env=environment(), cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, (command, done.stderr)
+    again = diff.Report.from_json((tmp_path / "r.json").read_text())
+    assert (again.prompt, again.decode, again.dtype) == (report.prompt, 1, "bf16")
+    assert again.swaps == {"model.layers.2.mlp.act": "reference"}
+    # Nothing that a swap could reach; an operator that is no node.
+    report.faults = [replace(fault, site="the engine without taps", op="forward", certificate="REPEAT")]
+    assert next_command(report) == ""
+    report.faults = [replace(fault, site="argmax", op="argmax", certificate="LOCAL")]
+    assert next_command(report) == "llaisys check argmax --dtype bf16"
 
 
 def test_all_layers_are_told_as_one(capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,6 +215,8 @@ def test_trace_diff(tmp_path: Path) -> None:
     done = run("trace-diff", "a.trace", "b.trace", "--json", "c.json", cwd=tmp_path)
     assert done.returncode == 0 and "differ in storage type: bf16 and f32" in done.stdout, done.stdout
     assert json.loads((tmp_path / "c.json").read_text())["exit_code"] == 0
+    done = run("trace-diff", ".", "a.trace", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr == "llaisys: error: .: file: expected a regular file, found another\n"
     (tmp_path / "bad.trace").write_bytes(b"no trace")
     done = run("trace-diff", "a.trace", "bad.trace", cwd=tmp_path)
     assert done.returncode == 2 and "bad.trace: file: expected a trace" in done.stderr

@@ -177,6 +177,7 @@ FAULTS: list[tuple[str, str, Callable[..., Any], str]] = [
     ("rms_norm", "no weight", lambda x, w, eps: N(x, np.ones_like(w), eps), ""),
     ("rms_norm", "weight 1 + w", lambda x, w, eps: N(x, 1 + w.astype("f4"), eps), "f32"),
     ("rms_norm", "eps 1e-5", lambda x, w, eps: N(x, w, 1e-5), "tiny"),
+    ("rms_norm", "eps 1e-8", lambda x, w, eps: N(x, w, 1e-8), "tiny"),
     ("rms_norm", "eps left out", lambda x, w, eps: N(x, w, 0), "tiny"),
     ("rms_norm", "eps outside the root", lambda x, w, eps: plain_norm(
         x, w, 1 / (np.sqrt((x.astype("f4") ** 2).mean(-1, keepdims=True)) + eps)), "tiny"),
@@ -191,6 +192,15 @@ FAULTS: list[tuple[str, str, Callable[..., Any], str]] = [
     ("linear", "features 32 to 63 computed from the weight rows 32 before", other_rows, ""),
     ("linear", "accumulated in bf16", accumulated("bf16"), ""),
     ("linear", "accumulated in f16", accumulated("f16"), "f32"),
+    ("linear", "weight rounded to bf16", lambda x, w, b: L(x, w.astype(FLOATS["bf16"]).astype("f4"), b), "f32"),
+    ("linear", "weight rounded to f16", lambda x, w, b: L(x, w.astype("f2").astype("f4"), b), "f32"),
+    ("linear", "x rounded to bf16", lambda x, w, b: L(x.astype(FLOATS["bf16"]).astype("f4"), w, b), "f32"),
+    ("linear", "a soft cap of 30", lambda x, w, b: (
+        30 * np.tanh(L(x.astype("f4"), w.astype("f4"), b.astype("f4")) / 30)).astype(x.dtype), ""),
+    ("linear", "a soft cap of 50", lambda x, w, b: (
+        50 * np.tanh(L(x, w, b).astype("f4") / 50)).astype(x.dtype), ""),
+    ("rope_self_attention", "heads 0 and 1 exchanged", lambda q, p, k, v, th, s: A(q, p, k, v, th, s)[
+        :, [1, 0, 2, 3, 4, 5]], ""),
     ("linear", "truncated toward zero", truncating_linear, "bf16"),
     ("rms_norm", "not rounded before the weight", lambda x, w, eps: (N(x.astype("f4"), np.ones(x.shape[-1], "f4"), eps)
         * w.astype("f4")).astype(x.dtype), "bf16"),
@@ -243,6 +253,17 @@ def test_noise_has_no_hypothesis(op: str) -> None:
         for name, x in outputs.items():
             outputs[name] = rng.permutation(x.reshape(-1)).reshape(x.shape)
         assert hypothesis(op, values, outputs) is None
+
+
+def test_few_wrong_elements_and_one_sided_ones_are_no_low_accumulation() -> None:
+    for dtype in FLOATS:
+        values = inputs_of("linear", dtype)
+        right = outputs_of("linear", values)["out"]
+        for size in (0.01, 0.1, 0.5, 2.0):
+            single, shrunk = right.copy(), (right.astype("f4") * np.float32(1 - size / 100)).astype(right.dtype)
+            single[3, 7] += np.asarray(size * 10, right.dtype)
+            for found in (single, shrunk):
+                assert "accumulated" not in str(hypothesis("linear", values, {"out": found}))
 
 
 def test_long_calls_take_no_longer() -> None:
@@ -433,6 +454,63 @@ def test_which_weight_it_is() -> None:
     block[5] = names["layer 2"][5]
     assert explain_weight(block, names, names["layer 0"]) == "only row 5: the bits of layer 2"
     assert explain_weight(np.zeros((3, 2), np.float32), names) is None
+
+
+def test_what_became_of_a_weight() -> None:
+    rng = np.random.default_rng(0)
+    right = rng.standard_normal((64, 64)).astype(np.float32)
+
+    def rows(*order: int) -> Any:
+        return right[[*order, *range(len(order), 64)]]
+
+    signs = np.ones((64, 1), np.float32)
+    signs[17] = -1
+    order = np.arange(64).reshape(2, 2, 16).swapaxes(1, 2).reshape(-1)
+    bf16 = FLOATS["bf16"]
+    for found, text in (
+        (np.ascontiguousarray(right.T), "has its own bits, transposed"),
+        (right * signs, "only row 17: negated"),
+        (rows(1, 0), "rows 0 and 1 are exchanged"),
+        (right[[*range(16, 32), *range(16), *range(32, 64)]], "rows 0 to 15 and 16 to 31 are exchanged"),
+        (right[[*range(32, 64), *range(32)]], "rows 0 to 31 and 32 to 63 are exchanged"),
+        (right[order], "the halves of each head of 32 rows are interleaved, as in GGUF and the first Llama"),
+        (right[np.argsort(order)], "the halves of each head of 32 rows are taken apart once more than they were"),
+        (rows(2, 0, 1), "only rows 0 to 2: the same rows in another order (0 holds that of 2)"),
+        (right.astype(np.float16).astype(np.float32), "rounded to f16 on the way"),
+        (right.astype(bf16).astype(np.float32), "rounded to bf16 on the way"),
+        ((right.view(np.uint32) & 0xFFFF0000).view(np.float32), "truncated to bf16 on the way"),
+    ):
+        assert (explain_weight(found, {}, right) or "").startswith(text), (explain_weight(found, {}, right), text)
+    bias = right[0]
+    assert (explain_weight(bias[order], {}, bias) or "").startswith("the halves of each head of 32 columns are interl")
+    assert explain_weight(right + np.float32(1), {}, right) is None
+
+
+def test_heads_that_changed_places() -> None:
+    values = inputs_of("rope_self_attention", "bf16")
+    out = outputs_of("rope_self_attention", values)["out"]
+    for order, text in (
+        ([1, 0, 2, 3, 4, 5], "heads 0 and 1 are exchanged"),
+        ([0, 4, 2, 3, 1, 5], "heads 1 and 4 are exchanged"),
+        ([3, 4, 5, 0, 1, 2], "heads 0 to 2 and 3 to 5 are exchanged"),
+        ([1, 2, 3, 4, 5, 0], "each head holds the values of the head 1 after it"),
+    ):
+        assert text in shape_of("rope_self_attention", values, {"out": out[:, order]}), order
+
+
+def test_keys_one_row_early_are_not_those_of_the_sequence_before() -> None:
+    """A text that shares its tokens has the same rows somewhere; the distance says more."""
+    rng = np.random.default_rng(0)
+    right = rng.standard_normal((12, 2, 8)).astype(np.float32)
+    found = right.copy()
+    found[7:11] = right[8:12]
+    before = right[rng.permutation(12)]
+    said = explain_state(right, found, {"the sequence before": before}) or ""
+    assert said.endswith("shifted by 1, row t holds the row of t + 1")
+    stale = found.copy()
+    stale[7:11] = rng.standard_normal((4, 2, 8))
+    moved = {"layer 2": np.concatenate([stale[7:11], right])}
+    assert "the bits of layer 2, of other rows (7 holds 0)" in (explain_state(right, stale, moved) or "")
 
 
 def test_a_weight_of_another_layer_is_named() -> None:

@@ -154,6 +154,13 @@ def test_page_of_a_deep_model_is_bounded() -> None:
     assert time.perf_counter() - begin < 30  # seconds; it is about half a second
 
 
+def test_a_prompt_and_a_notebook_show_it() -> None:
+    report = faulty_report(28, 9)
+    assert repr(report).startswith(f"<Report of {report.model} in {report.dtype}: FAULT: ")
+    assert len(repr(report)) < 300
+    assert report._repr_html_().startswith("<iframe srcdoc=")
+
+
 def test_report_survives_json() -> None:
     for name in ("faulty", "nan", "suspect"):
         report = REPORTS[name]()

@@ -175,7 +175,7 @@ def test_prefix_reuse_gives_the_same_bits(folder: Path) -> None:
     model = Qwen2(folder, dtype="bf16")
     tokens = np.random.default_rng(1).integers(0, VOCAB, 50).tolist()
     fresh = model.logits(tokens)[-1]
-    with model._sequences.borrow() as sequence:
+    with model._sequences.borrow(model.session) as sequence:
         for known in (0, 1, 17, 49, 50):
             sequence.start([*tokens[:known], 3, 4])
             assert sequence.start(tokens).tobytes() == fresh.tobytes()

@@ -1,19 +1,23 @@
 """Loading the library: what is found, what is refused and how it says so; threads, tiers, errors, Ctrl-C, fork."""
 
+import copy
 import ctypes
 import importlib
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-import llaisys
+import llaisys.diff.isolated
+import llaisys.harness
 from llaisys import _lib, errors
 from llaisys.reference import SPECS
 
@@ -199,13 +203,19 @@ def test_errors_are_also_the_natural_builtins() -> None:
     assert all(issubclass(a, b) and issubclass(a, errors.LlaisysError) for a, b in builtins.items())
 
 
-def test_a_checkpoint_error_keeps_its_fields_through_pickle() -> None:
-    import pickle
+def error_classes(base: type[Exception] = errors.LlaisysError) -> list[type[Exception]]:
+    return [base, *(kind for sub in base.__subclasses__() for kind in error_classes(sub))]
 
-    error = errors.CheckpointError(file="config.json", field="hidden_size", expected="a number > 0", found=-1)
-    error = pickle.loads(pickle.dumps(error))
-    assert (error.file, error.field, error.expected, error.found) == ("config.json", "hidden_size", "a number > 0", -1)
-    assert str(error) == "config.json: hidden_size: expected a number > 0, found -1"
+
+@pytest.mark.parametrize("kind", error_classes(), ids=lambda kind: kind.__name__)
+def test_every_error_survives_pickle(kind: type[Exception]) -> None:
+    fields: dict[str, Any] = {"file": "config.json", "field": "hidden_size", "expected": "a number > 0", "found": -1}
+    of_file = kind in (errors.CheckpointError, errors.CaseError, errors.CheckpointError.__base__)
+    error = kind(**fields) if of_file else kind("text")
+    for found in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        assert type(found) is kind and vars(found) == vars(error) and found.args == error.args
+        assert vars(found) == (fields if of_file else {})
+        assert str(found) == ("config.json: hidden_size: expected a number > 0, found -1" if of_file else "text")
 
 
 def test_the_text_of_an_error_belongs_to_its_thread() -> None:
@@ -397,3 +407,39 @@ def test_two_threads_compute_at_once() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+# ----------------------------------------------------------- threads for others
+
+
+@pytest.mark.parametrize(("count", "grain"), [(0, 4), (-3, 1), (1, 1), (1000, 7), (1000, 0), (5, 2**62)])
+def test_parallel_for_covers_the_range_once(count: int, grain: int) -> None:
+    parts: list[tuple[int, int]] = []  # appending is atomic
+    library = _lib.library()
+
+    @_lib.PartCallback
+    def body(context: int, begin: int, end: int) -> None:
+        assert context == 42
+        parts.append((begin, end))
+
+    assert library.llaisysParallelFor(count, grain, body, 42) == 0
+    assert sorted(i for begin, end in parts for i in range(begin, end)) == list(range(count))
+    assert all(end - begin <= max(grain, 1) for begin, end in parts)
+
+
+def test_parallel_for_within_itself_and_without_a_body() -> None:
+    library = _lib.library()
+    inner: list[int] = []
+
+    @_lib.PartCallback
+    def add(_: int, begin: int, end: int) -> None:
+        inner.append(end - begin)
+
+    @_lib.PartCallback
+    def outer(_: int, begin: int, end: int) -> None:
+        assert library.llaisysParallelFor(10, 3, add, None) == 0
+
+    assert library.llaisysParallelFor(8, 1, outer, None) == 0
+    assert sum(inner) == 80
+    with pytest.raises(llaisys.errors.InvalidArgumentError, match="body: expected a function, found NULL"):
+        _lib.check_call(library.llaisysParallelFor(1, 1, _lib.PartCallback(), None))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import itertools
+import pickle
 import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -277,11 +280,37 @@ def test_freed_with_the_last_reference(folder: Path) -> None:
             del model
             assert session.forward([2]).shape == (1, VOCAB)  # it keeps the weights alive
             del session
-            assert not handles[0].alive
-            gc.collect()
-            assert not handles[1].alive
+            assert not any(handle.alive for handle in handles)
     finally:
         gc.enable()
+
+
+def test_a_model_is_freed_with_its_last_reference(model: Qwen2, folder: Path) -> None:
+    """Also the sequence that generate keeps, and a kernel of the caller."""
+    gc.collect()
+    gc.disable()
+    try:
+
+        def kernel(gate: Any, up: Any) -> Any:
+            return gate * up
+
+        other = Qwen2(folder, backend=model.backend, kernels={"layers.0.mlp.act": kernel})
+        other.generate([1, 2], 2, eos_token_id=[])
+        other.run_with_cache([1, 2])
+        gone = [weakref.ref(other), weakref.ref(other._backend), weakref.ref(kernel)]
+        del other, kernel
+        assert [ref() for ref in gone] == [None] * 3
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_copies_are_refused(model: Qwen2, copied: Any) -> None:
+    """Two objects would share one handle."""
+    with pytest.raises(UnsupportedError, match=r"a model cannot be copied, .* open the folder again there: Qwen2\('/"):
+        copied(model)
+    with model.session() as session, pytest.raises(UnsupportedError, match="a session cannot be copied"):
+        copied(session)
 
 
 def test_close(model: Qwen2, folder: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +161,58 @@ def test_what_a_callback_raises_reaches_the_caller(model: Qwen2) -> None:
     assert np.allclose(np.concatenate([first, rest]), model.logits(TOKENS), rtol=1e-4, atol=1e-4)
 
 
+def test_callbacks_make_and_remove_taps(model: Qwen2) -> None:
+    """One-shot hooks; the pass goes on, and the next one runs without a tap."""
+    plain = model.logits(TOKENS)
+    seen: list[str] = []
+    with model.session() as session:
+
+        def once(node: Node) -> None:
+            seen.append(node.site)
+            tap.remove()
+            other.remove()  # of the same node, and comes next
+
+        tap = session.tap(once, "layers.?.mlp.act")
+        other = session.tap(lambda node: seen.append("other"), "layers.?.mlp.act")
+        assert same_bits(session.forward(TOKENS), plain)
+        assert seen == ["model.layers.0.mlp.act"]
+
+        def nested(node: Node) -> None:
+            with session.tap(lambda inner: seen.append("within"), "*"):
+                outer.remove()
+            late.append(session.tap(lambda inner: seen.append(inner.site), ["layers.0.*", "lm_head"]))
+
+        late: list[Any] = []
+        outer = session.tap(nested, "layers.1.mlp.act")
+        session.reset()
+        assert same_bits(session.forward(TOKENS), plain)
+        assert seen[1:] == ["lm_head"]
+        late[0].remove()
+        session.forward([1])
+        assert len(seen) == 2
+        if model.backend == "native":
+            assert session._engine._tap is None  # type: ignore[attr-defined]
+
+
+def test_a_tap_of_another_thread_goes_at_any_time(model: Qwen2) -> None:
+    with model.session() as session:
+
+        def remove() -> None:
+            tap.remove()
+            seen.append("removed")
+
+        def remove_elsewhere(node: Node) -> None:
+            seen.append(node.site)
+            thread = threading.Thread(target=remove)
+            thread.start()
+            thread.join()
+
+        seen: list[str] = []
+        tap = session.tap(remove_elsewhere)
+        session.forward(TOKENS)
+        assert seen == ["model.embed_tokens", "removed"]
+
+
 def test_hooks_replace_outputs(model: Qwen2) -> None:
     plain = model.logits(TOKENS)
     assert same_bits(model.run_with_hooks(TOKENS, {"*": lambda node: None}), plain)
@@ -263,6 +318,67 @@ def test_faulty_kernels_are_named(folder: Path, backend: str) -> None:
     ):
         with pytest.raises(InvalidArgumentError, match=text):
             Qwen2(folder, backend=backend, kernels=kernels)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_own_kernels_may_keep_what_they_get(folder: Path, backend: str) -> None:
+    """Inputs stay as they were in the call, also when the model is closed; only weights are not copied."""
+    kept: list[tuple[Any, bytes]] = []
+
+    def keep(*args: Any) -> Any:
+        kept.extend((x, x.tobytes()) for x in args if isinstance(x, np.ndarray))
+        return SPECS["linear"].twin(*args) if len(args) == 3 else SPECS["rope_self_attention"].twin(*args)
+
+    with Qwen2(folder, backend=backend, kernels={"linear": keep, "rope_self_attention": keep}) as model:
+        with model.session() as session:
+            session.forward(TOKENS)
+            session.truncate(2)
+            session.forward([7, 7, 7])
+        weight = next(x for x, _ in kept if x.shape == (67, 24))
+        assert not weight.flags.writeable and np.array_equal(weight, plain_weights(seed=5)["lm_head.weight"])
+    again = Qwen2(folder)  # where the memory of the other was
+    again.logits(TOKENS)
+    assert len(kept) > 50 and all(x.tobytes() == before for x, before in kept)
+
+
+def test_weights_are_freed_with_the_last_array(folder: Path) -> None:
+    kept: list[Any] = []
+
+    def keep(x: Any, weight: Any, bias: Any) -> Any:
+        kept.append(weight)
+        return reference.linear(x, weight, bias)
+
+    gc.collect()
+    gc.disable()
+    try:
+        model = Qwen2(folder, kernels={"lm_head": keep})
+        model.logits(TOKENS)
+        lease = weakref.ref(kept[0].base.base.owner)  # beneath two arrays
+        model.close()
+        assert lease() is not None
+        kept.clear()
+        assert lease() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_own_kernels_may_reuse_their_outputs(folder: Path, backend: str) -> None:
+    kernel, buffer = SPECS["add_rms_norm"].twin, np.empty((2, len(TOKENS), 24), np.float32)
+
+    def reuse(*args: Any) -> Any:
+        buffer[0], buffer[1] = kernel(*args)
+        return buffer[0], buffer[1]
+
+    found, expected = (
+        Qwen2(folder, backend=backend, kernels={"add_rms_norm": function}).logits(TOKENS)
+        for function in (reuse, kernel)
+    )
+    assert same_bits(found, expected)
+    before = buffer.tobytes()
+    hook = {"norm": lambda node: (np.zeros_like(node.outputs["out"]), node.outputs["sum"])}
+    model = Qwen2(folder, backend=backend, kernels={"model.norm": lambda *args: (buffer[0], buffer[1])})
+    assert not model.run_with_hooks(TOKENS, hook).any() and buffer.tobytes() == before
 
 
 def test_a_wrong_kernel_shows(folder: Path) -> None:

@@ -47,6 +47,7 @@ def test_the_package_has_its_files() -> None:
         assert package.joinpath(*name.split("/")).is_file() or is_editable(), name
     tiny = package.joinpath("data", "tiny")
     names = {path.name for path in tiny.iterdir()}
+    assert package.joinpath("py.typed").is_file()  # else type checkers see nothing of the annotations
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= names
     assert len(tiny.joinpath("model.safetensors").read_bytes()) <= 10_000_000
 

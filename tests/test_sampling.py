@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,9 @@ def test_greedy_is_the_lowest_index_of_the_largest() -> None:
     assert Sampler(Sampling()).next(logits, []) == 40
     assert Sampler(Sampling(repetition_penalty=2.0)).next(logits, [40]) == 400
     logits[7] = np.nan
-    assert Sampler(Sampling()).next(logits, []) == 7
+    for settings in (Sampling(), Sampling(repetition_penalty=2.0)):
+        with pytest.raises(InvalidArgumentError, match="logits: expected numbers to choose from, found nan at 7"):
+            Sampler(settings).next(logits, [40])
 
 
 def test_repetition_penalty_works_on_both_signs() -> None:
@@ -79,6 +82,9 @@ def test_repetition_penalty_works_on_both_signs() -> None:
     scores = Sampling(repetition_penalty=2.0).scores(logits, [0, 0, 1])
     assert scores.tolist() == [1.0, -4.0, 1.0]
     assert logits.tolist() == [2.0, -2.0, 1.0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Sampling(repetition_penalty=1e300).scores(logits, [0, 1]).tolist() == [0.0, -math.inf, 1.0]
 
 
 def test_draws_follow_the_probabilities() -> None:

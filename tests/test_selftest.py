@@ -5,13 +5,15 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llaisys.errors import InvalidArgumentError
+from llaisys.errors import InternalError, InvalidArgumentError
 from llaisys.selftest import rules
+from llaisys.selftest import run as running
 from llaisys.selftest.build import GATE, Builder, Patch, source_tree
 from llaisys.selftest.mutants import LEGAL, MUTANTS
 from llaisys.selftest.run import Case, Plan, expected_sites, run
@@ -103,10 +105,63 @@ def test_list() -> None:
     assert done.returncode == 0 and [line.split()[0] for line in done.stdout.splitlines()] == list(BY_NAME)
 
 
+def answers(script: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Case]:
+    """What becomes of two jobs in processes that run `script` in the place of the worker."""
+    worker = folder / "worker"
+    worker.write_text(f"#!/bin/sh\nread job\n{script}\n")
+    worker.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(worker))
+    monkeypatch.setattr(running, "_PATIENCE", 0.5)
+    cases = [case("keys-to-another-layer"), case("keys-to-another-layer")]
+    return running._answer(folder / "fault.so", cases, lambda case: None, threading.Event())
+
+
+@pytest.mark.parametrize(
+    ("script", "text"),
+    [
+        ("kill -SEGV $$", "the process died of SIGSEGV"),
+        ("kill -ABRT $$", "the process died of SIGABRT"),
+        ("exec sleep 60", "the process gave no answer for 0.5 s"),
+    ],
+)
+def test_a_fault_that_ends_the_process_is_found(
+    script: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases = answers(f"echo '\"running\"'; {script}", tmp_path, monkeypatch)
+    assert [c.answer for c in cases] == [{"error": text}] * 2 and all(c.alarmed for c in cases)
+
+
+@pytest.mark.parametrize(
+    ("script", "text"),
+    [
+        ("echo no such module >&2; exit 1", "ended with status 1 before the library .* compute: no such module"),
+        ("kill -SEGV $$", "died of SIGSEGV before the library had anything to compute"),
+        ("exec sleep 60", "gave no answer for 0.5 s before"),
+        ("echo '\"running\"'; kill -KILL $$", "died of SIGKILL in the midst of a job"),
+        ("echo '\"running\"'; exit 0", "ended with status 0 in the midst of a job"),
+        ("echo '\"running\"'; printf '{\"faults'; exit 1", "ended with status 1 in the midst of a job"),
+    ],
+)
+def test_a_process_that_could_not_run_finds_nothing(
+    script: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InternalError, match=f"^fault: the process {text}"):
+        answers(script, tmp_path, monkeypatch)
+
+
+def test_a_library_that_cannot_be_used_is_no_fault_that_was_found(tmp_path: Path) -> None:
+    jobs = running.Jobs(Plan(mutants=(), controls=1)).controls(1)
+    cases = [Case(BY_NAME["rope-sign"], "rope-sign", job) for job in jobs]
+    with pytest.raises(InternalError, match=r"^none: the process ended with status 1 .*LibraryError: .* is missing"):
+        running._answer(tmp_path / "none.so", cases, lambda case: None, threading.Event())
+    with pytest.raises(InternalError, match=r"^none: llaisys check rope: expected results, .* is missing"):
+        running._check(tmp_path / "none.so", "rope", "f32")
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler to build faults with")
 def test_faults_are_found_and_right_libraries_are_not_blamed() -> None:
     """An operator's fault, one of the engine, one that only `llaisys check` can find; and sums in another order."""
-    chosen = tuple(BY_NAME[name] for name in ("rope-sign", "keys-to-another-layer", "argmax-last-of-ties"))
+    chosen = tuple(BY_NAME[name] for name in ("rope-sign", "layers-together", "argmax-last-of-ties"))
     plan = Plan(dtypes=("bf16",), places=("middle",), decode=2, mutants=chosen, controls=8)
     seen: list[int] = []
     cases = run(plan, ROOT, progress=lambda label, done, total: seen.append(done))

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llaisys.chat_template import TemplateRefused, render
-from llaisys.errors import CheckpointError, IndexRangeError, InvalidArgumentError, LlaisysError
+from llaisys.errors import CheckpointError, DTypeError, IndexRangeError, InvalidArgumentError, LlaisysError
 from llaisys.folder import ModelFolder
 from llaisys.tokenizer import Tokenizer
 
@@ -133,7 +133,11 @@ def test_what_is_no_text_or_no_id(tiny: Tokenizer) -> None:
     for token in (-1, 1 << 32, 10**30):
         with pytest.raises(IndexRangeError):
             tiny.decode([token])
+    for ids in ("ab", [1.5], [None], 3):
+        with pytest.raises(DTypeError, match="ids: expected integers, found"):
+            tiny.decode(ids)  # type: ignore[arg-type]
     assert tiny.decode([10**9]) == ""
+    assert repr(tiny) == f"Tokenizer({str(tiny.folder.path)!r}, vocab_size=4096)"
     assert tiny.vocab_size == 4096 and tiny.token_to_id("<|im_end|>") == 4095 and tiny.token_to_id("not one") is None
 
 
@@ -232,6 +236,8 @@ def test_named_templates(folder: Path) -> None:
 
 
 def test_refusals(folder: Path, tiny: Tokenizer) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"messages\[0\]: expected an object with a role and content, found"):
+        tiny.apply_chat_template([{"role": "user"}])
     edit(folder, chat_template="{{ raise_exception('roles must alternate') }}")
     with pytest.raises(InvalidArgumentError, match="roles must alternate"):
         Tokenizer.open(folder).apply_chat_template([])

@@ -156,7 +156,56 @@ def test_other_weights(folder: Path, trace: Path, tmp_path: Path) -> None:
     other = write_plain(tmp_path / "other", weights=weights)
     save(other, tmp_path / "b.trace")
     result = compare_traces(trace, tmp_path / "b.trace")
-    assert result.exit_code == 1 and result.weights == ["model.layers.0.mlp.up_proj.weight"]
+    assert result.exit_code == 1 and list(result.weights) == ["model.layers.0.mlp.up_proj.weight"]
+    assert "other bits in 1 of 40 rows, first at [3, 3]" in result.weights["model.layers.0.mlp.up_proj.weight"]
+
+
+@pytest.mark.parametrize("dtypes", [("f32", "bf16"), ("bf16", "f32"), ("f16", "bf16"), ("f32", "f32")])
+def test_other_weights_in_another_storage_type(
+    folder: Path, tmp_path: Path, dtypes: tuple[str, str], capsys: Any
+) -> None:
+    """A row with the other sign and a weight of another layer are no rounding."""
+    weights = {name: x if x.ndim == 1 else x * x.shape[1] ** -0.5 for name, x in plain_weights(seed=5).items()}
+    up, down = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight"
+    weights[up][17] *= -1
+    weights[down] = weights["model.layers.0.mlp.down_proj.weight"].copy()
+    other = write_plain(tmp_path / "other", weights=weights)
+    a, b, c = (tmp_path / f"{name}.trace" for name in "abc")
+    save(folder, a, dtype=dtypes[0])
+    save(other, b, dtype=dtypes[1])
+    save(folder, c, dtype=dtypes[1])
+    assert compare_traces(a, c).exit_code == 0
+    result = compare_traces(a, b)
+    assert result.exit_code == 1 and list(result.weights) == [up, down] and not result.uncompared
+    assert "has the bits of model.layers.0.mlp.down_proj.weight" in result.weights[down]
+    print_comparison(result)
+    out = capsys.readouterr().out
+    assert "2 weights differ" in out and "rounding" not in out and f"differ in {down}: B has other bits" in out
+    # Of the other checkpoint there is no more than what the trace says.
+    gone = tmp_path / "gone.trace"
+    rewrite(b, gone, lambda header: header.update(model=str(tmp_path / "gone")))
+    result = compare_traces(a, gone)
+    print_comparison(result)
+    assert "rounding" not in capsys.readouterr().out.partition("differ in")[0]
+    if "f32" in dtypes[:1]:
+        assert result.exit_code == 1 and set(result.weights) == {up, down}
+    else:
+        assert result.exit_code == 2 and set(result.uncompared) == {up, down}
+
+
+def test_weights_that_can_not_be_compared(trace: Path, folder: Path, tmp_path: Path, capsys: Any) -> None:
+    a, b = tmp_path / "a.trace", tmp_path / "b.trace"
+    save(folder, tmp_path / "c.trace", dtype="bf16")
+    for source, target in ((trace, a), (tmp_path / "c.trace", b)):
+        rewrite(source, target, lambda header: header.update(model=str(tmp_path / "gone")))
+    result = compare_traces(a, b)
+    assert result.exit_code == 2 and len(result.uncompared) == len(Checkpoint.open(folder).names())
+    print_comparison(result)
+    out = capsys.readouterr().out
+    assert (
+        out.startswith("inconclusive") and "weights could not be compared, the first model.embed_tokens.weight" in out
+    )
+    assert compare_traces(a, b, folder).exit_code == 0
 
 
 def test_other_prompts(folder: Path, trace: Path, tmp_path: Path) -> None:
@@ -266,6 +315,8 @@ def test_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(CaseError, match="a regular file"):
         Trace(tmp_path / "pipe")
+    with pytest.raises(CaseError, match="a regular file"):
+        Trace(tmp_path)
 
 
 def test_a_header_that_is_a_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,13 @@ pytestmark = pytest.mark.skipif(shutil.which("c++") is None or shutil.which("cc"
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "my_add.cpp"
 LOOP = "sum[i] = x[i] + y[i];"
+# The example with a plain loop, which the tests replace, in place of its parts for several threads.
+SERIAL = """    const auto *x = static_cast<const float *>(a->data), *y = static_cast<const float *>(b->data);
+    auto *sum = static_cast<float *>(out->data);
+    for (int64_t i = 0; i < count; ++i) sum[i] = x[i] + y[i];
+    return LLAISYS_OK;
+}
+"""
 # Those that use the library are linked with it, and its function must not be taken for theirs.
 MISSPELT = """
 #include <llaisys.h>
@@ -47,7 +54,9 @@ def write(tmp_path: Path):
 
     def write(loop: str = LOOP, text: str | None = None, name: str = "my_add.cpp") -> Path:
         path = tmp_path / name
-        path.write_text(EXAMPLE.read_text().replace(LOOP, loop) if text is None else text)
+        head, parallel, _ = EXAMPLE.read_text().partition("    struct Arrays {")
+        assert parallel
+        path.write_text(head + SERIAL.replace(LOOP, loop) if text is None else text)
         return path
 
     return write
@@ -72,8 +81,8 @@ def test_a_right_kernel() -> None:
     assert done.returncode == 0, text + done.stderr.decode()
     assert "cases keep to the contract" in text and "not taken: bf16, the call: UNSUPPORTED" in text
     assert "not taken: f32, layout padded: UNSUPPORTED" in text and "layout packed" not in text
-    assert re.search(r"case +dtype +yours +llaisys +torch +x llaisys +x torch", text)
-    timed = re.findall(r"^(\S+ residual \w+) +(\w+) +([\d.]+) +([\d.]+)", text, re.M)
+    assert re.search(r"case +dtype +yours +± +llaisys +torch +x llaisys +x torch", text)
+    timed = re.findall(r"^(\S+ residual \w+) +(\w+) +([\d.]+) +\d+% +([\d.]+)", text, re.M)
     assert {(case, dtype) for case, dtype, *_ in timed} == {(f"{n}B residual decode", "f32") for n in ("0.5", "1.5")}
     assert all(float(time) > 0 for row in timed for time in row[2:])
 
@@ -211,13 +220,13 @@ def test_c_and_a_library(write, tmp_path: Path) -> None:
         ("my_add.c", MISSPELT, "add", "my_add.c: expected the function int32_t llaisysAdd("),
         ("my_add.cpp", OVERLOADED, "add", "my_add.cpp: expected the function int32_t llaisysAdd("),
         ("my_add.cpp", ABORTING, "add", "my_add.cpp cannot be used: expected the function llaisysAdd, found SIGABRT"),
-        ("my_add.cpp", "int x;", "relu", "op: expected one of add, "),
+        ("my_add.cpp", "int x;", "no_such_op", "op: expected one of add, "),
     ],
 )
 def test_files_that_are_no_kernel(name: str, text: str, op: str, found: str, write) -> None:
     done = tried(write(text=text, name=name), op=op)
     error = done.stderr.decode()
-    assert done.returncode == 1 and found in error and "Traceback" not in error, error
+    assert done.returncode == 2 and found in error and "Traceback" not in error, error
     assert text != "int x = ;" or "my_add.cpp:1:9: error" in error  # what the compiler says is there to be read
 
 

@@ -400,6 +400,13 @@ int32_t llaisysNumThreads(void) {
     return status == LLAISYS_OK ? count : status;
 }
 
+int32_t llaisysParallelFor(int64_t count, int64_t grain, LlaisysPart body, void *context) {
+    return llaisys::guarded("parallel_for", [&] {
+        if (!body) llaisys::fail(LLAISYS_ERROR_INVALID_ARGUMENT, "body: expected a function, found NULL");
+        llaisys::parallel_run(count, grain, body, context);
+    });
+}
+
 int32_t llaisysSetInterrupt(LlaisysInterrupt callback, void *user) {
     llaisys::interrupt = {callback, user, 0};
     return LLAISYS_OK;

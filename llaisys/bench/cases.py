@@ -90,6 +90,12 @@ class Result:
         length, times = self.times[implementation]
         return median(times) / length
 
+    def spread(self, implementation: str) -> float:
+        """Range of the middle half of the series, as a share of the median."""
+        times = self.times[implementation][1]
+        low, middle, high = np.quantile(times, (0.25, 0.5, 0.75))
+        return float((high - low) / middle)
+
     def row(self, implementation: str, roofs: Roofs) -> dict[str, Any]:
         """The figures of one implementation, for JSON, tables and plots."""
         case, seconds, isa = self.case, self.seconds(implementation), _lib.isa()
@@ -104,6 +110,7 @@ class Result:
             "threads": roofs.threads,
             "isa": isa,
             "microseconds": seconds * 1e6,
+            "iqr_percent": 100 * self.spread(implementation),
             "flops": case.flops,
             "bytes": case.traffic,
             "gbytes_per_second": case.traffic / seconds / 1e9,

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from .. import _lib
+from .._processes import start_worker
 from ..checkpoint import Checkpoint
 from ..config import Qwen2Config
 from ..errors import InternalError
@@ -277,21 +277,25 @@ def _take_memory(nbytes: int) -> None:
 
 
 def _process(engine: str, folder: Path, dtype: str, threads: int, cases: list[str]) -> dict[str, Any]:
-    command = [sys.executable, "-m", f"{__package__}.worker", engine, str(folder), dtype, str(threads), *cases]
-    environment = {**os.environ, "LLAISYS_ISA": _lib.isa()}
+    arguments = (engine, str(folder), dtype, str(threads), *cases)
+    pipes: dict[str, Any] = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
     lives, kept = os.pipe()  # nothing is written: its end tells the worker that this process has ended
     try:
-        done = subprocess.run(command, env=environment, stdin=lives, capture_output=True, text=True, check=False)
+        environment = {"LLAISYS_ISA": _lib.isa()}
+        worker = start_worker(
+            f"{__package__}.worker", *arguments, environment=environment, stdin=lives, text=True, **pipes
+        )
+        output, errors = worker.communicate()
     finally:
         os.close(lives)
         os.close(kept)
-    if done.returncode:
-        said = (done.stderr.strip() or "nothing").splitlines()[-1]
+    if worker.returncode:
+        said = (errors.strip() or "nothing").splitlines()[-1]
         expected = "figures" if cases else f"a conversion to {readable(engine, folder, dtype)}"
         raise InternalError(
-            f"model {folder.name}: {engine}: expected {expected}, found exit status {done.returncode}: {said}"
+            f"model {folder.name}: {engine}: expected {expected}, found exit status {worker.returncode}: {said}"
         )
-    return dict(json.loads(done.stdout.splitlines()[-1])) if cases else {}
+    return dict(json.loads(output.splitlines()[-1])) if cases else {}
 
 
 def measure_model(

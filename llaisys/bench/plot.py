@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidArgumentError, UnsupportedError
+from ..files import check_target, new_file
 from .report import DTYPES, Row, heading
 
 FORMATS = (".png", ".svg")
@@ -24,7 +25,8 @@ _INK, _FAINT = "#333333", "#999999"
 def check_plot(path: str | os.PathLike[str]) -> None:
     """Refuse a plot that could not be drawn, before anything is measured.
 
-    InvalidArgumentError for another format than PNG and SVG, UnsupportedError without matplotlib.
+    InvalidArgumentError for another format than PNG and SVG, UnsupportedError without matplotlib, FileError if the file
+    cannot be written.
     """
     if Path(path).suffix.lower() not in FORMATS:
         raise InvalidArgumentError(f"plot: expected a file name that ends with .png or .svg, found {os.fspath(path)!r}")
@@ -32,6 +34,7 @@ def check_plot(path: str | os.PathLike[str]) -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise UnsupportedError('plot: expected matplotlib, found none; run pip install "llaisys[bench]"') from None
+    check_target(path)
 
 
 def draw(data: dict[str, Any], path: str | os.PathLike[str]) -> None:
@@ -61,7 +64,7 @@ def draw(data: dict[str, Any], path: str | os.PathLike[str]) -> None:
         for axes, (dtype, phase) in zip(grid.flat, panels, strict=True):
             lowest = min(row["gflops"] for row in rows if row["phase"] == phase or lines == 1)
             axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(lowest / 2, 2.5 * top))
-            _roofs(axes, roofs)
+            _roofs(axes, {name: value for name, value in roofs.items() if dtype != "f32" or "16" not in name})
             _points(axes, [row for row in rows if row["dtype"] == dtype and row["phase"] == phase], style)
             axes.set_title(f"{dtype}, {phase}", loc="left", color=_INK, fontweight="bold")
         for axes in grid[-1]:
@@ -70,7 +73,9 @@ def draw(data: dict[str, Any], path: str | os.PathLike[str]) -> None:
             axes.set_ylabel("GFLOP/s", color=_INK)
         figure.suptitle(heading(data), fontsize=9, color=_INK, x=0.01, ha="left")
         _legend(figure, style, any(row["implementation"] == "torch" for row in rows))
-        figure.savefig(path, metadata={"Date": None} if Path(path).suffix.lower() == ".svg" else None)
+        kind = Path(path).suffix.lower()[1:]
+        with new_file(path) as file:
+            figure.savefig(file, format=kind, metadata={"Date": None} if kind == "svg" else None)
 
 
 def _styles() -> list[tuple[str, str]]:
@@ -94,6 +99,8 @@ def _compute(roofs: dict[str, float]) -> dict[str, float]:
 
 
 def _roofs(axes: Any, roofs: dict[str, float]) -> None:
+    from matplotlib.transforms import offset_copy
+
     axes.grid(True, which="major", color="#eeeeee", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -104,9 +111,10 @@ def _roofs(axes: Any, roofs: dict[str, float]) -> None:
     text = {"fontsize": 7, "color": _INK, "zorder": 5}
     axes.plot([left, ridge], [left * read, highest], color=_INK, linewidth=1.2, zorder=1)
     # Between what the caches hold, on the left, and what arithmetic binds, on the right, there is room.
+    above = offset_copy(axes.transData, axes.figure, x=-3, y=4, units="points")
     axes.text(
-        ridge / 12, 1.4 / 12 * highest, f"read {read:.0f} GB/s", rotation=degrees(atan(read)), rotation_mode="anchor",
-        transform_rotates_text=True, **text,
+        ridge / 12, highest / 12, f"read {read:.0f} GB/s", transform=above, rotation=degrees(atan(read)),
+        rotation_mode="anchor", transform_rotates_text=True, **text,
     )  # fmt: skip
     for value in compute.values():
         axes.plot([value / read, right], [value, value], color=_INK, linewidth=1.2, zorder=1)
@@ -125,12 +133,12 @@ def _points(axes: Any, rows: list[Row], style: dict[str, tuple[str, str]]) -> No
 
 
 def _labels(compute: dict[str, float]) -> list[tuple[str, float]]:
-    """Texts for the lines, and where: one for those between which there is no room."""
+    """Texts for the lines, and where: one, line by line, for those between which there is no room."""
     groups: list[tuple[str, float, float]] = []
     for name, value in sorted(compute.items(), key=lambda item: -item[1]):
         text = f"{name.replace('_', ' ')} {value:.0f}"
         if groups and groups[-1][2] / value < 1.35:
-            groups[-1] = (f"{groups[-1][0]}, {text}", groups[-1][1], value)
+            groups[-1] = (f"{groups[-1][0]}\n{text}", groups[-1][1], value)
         else:
             groups.append((text, value, value))
     return [(text, top) for text, top, _ in groups]

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import exp, log
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from .. import _lib
@@ -216,13 +217,29 @@ def heading(data: dict[str, Any]) -> str:
 
 def notes(data: dict[str, Any]) -> Iterator[str]:
     """What a reader of the tables must know."""
-    if any(row["op"] != "model" for row in data["rows"]):
+    operators = [row for row in data["rows"] if row["op"] != "model"]
+    if operators:
         yield (
             "Medians in microseconds. x torch: how many times as fast as torch, measured in turns with it. Of the "
             "roof: the time that memory or arithmetic needs at least, whichever is longer, as a share of the time "
             "taken; cache: the data stay in the caches, as in a model, and the share is of memory read all the same."
         )
-    if any(row["op"] == "model" for row in data["rows"]):
+        yield (
+            "What a call from Python costs, two to three microseconds, is in the figures of the kernels and, as its "
+            "own, in those of torch: the smallest cases are little else."
+        )
+    spreads = {
+        row["iqr_percent"]: f"{row['op']} {row['dtype']}, {row['case']}"
+        for row in operators
+        if row["implementation"] == "native" and "iqr_percent" in row  # earlier files have none
+    }
+    if spreads:
+        most = max(spreads)
+        yield (
+            f"Spread of the series of a kernel, as the range of their middle half: {median(spreads):.1f} % of the "
+            f"median in the middle of the cases, {most:.0f} % at most ({spreads[most]})."
+        )
+    if len(operators) < len(data["rows"]):
         yield (
             "Models: whole processes in turns. Decode: tokens after that many. x: how many times as fast as the "
             "fastest of the others. The limit of the peak RSS is 1.05 x weights + KV cache + 150 MiB."

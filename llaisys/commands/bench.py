@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Isa, Progress, StorageType, command
+from .common import Isa, Progress, StorageType, check_reports, command, finish
 
 if TYPE_CHECKING:
     from ..bench.roof import Roofs
@@ -70,7 +70,8 @@ def bench(
         ),
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the results.", rich_help_panel=_OUTPUT)
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the results; - for stdout.", rich_help_panel=_OUTPUT),
     ] = None,
     plot: Annotated[
         Path | None,
@@ -83,9 +84,12 @@ def bench(
     Results are checked first and then timed in turns, with cold weights. All operators take about six minutes;
     nothing else should run.
     """
+    import json
+
     from ..bench import plot as plots
     from ..bench import report
 
+    check_reports(json_file)
     if plot is not None:
         plots.check_plot(plot)
     if saved is not None:
@@ -96,14 +100,13 @@ def bench(
         dtypes = [x.value for x in dtype or ()]
         sizes = [x.value for x in size or ()]
         data = _measure(what or [], dtypes, phase, sizes, engine or [], rounds, isa, threads)
-    if json_file is not None:
-        _write(json_file, data)
-    if plot is not None:
-        plots.draw(data, plot)
     if markdown:
         print(report.markdown(data))
-    else:
+    elif str(json_file) != "-":
         _print(report.render(data))
+    if plot is not None:
+        plots.draw(data, plot)
+    finish(0, (json_file, lambda: json.dumps(data, indent=1)))
 
 
 def _measure(
@@ -166,15 +169,6 @@ def _operators(cases: list[Any], roofs: Roofs, progress: Progress) -> list[dict[
             progress.show(f"{case.spec.name} {case.dtype} {case.case.title} ({i + 1} of {len(cases)})", i, len(cases))
             rows += run_case(case).rows(roofs)
     return rows
-
-
-def _write(path: Path, data: dict[str, Any]) -> None:
-    import json
-
-    try:
-        path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise typer.BadParameter(f"expected a file that can be written, found: {error}", param_hint="--json") from None
 
 
 def _print(content: Any) -> None:

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import Isa, Progress, StorageType, command, printable
+from .common import EXIT_FAULT, EXIT_INCONCLUSIVE, Isa, Progress, StorageType, check_reports, finish, printable, verdict
 
 if TYPE_CHECKING:
     from ..conformance import Result
 
-EXIT_FAULT, EXIT_INCONCLUSIVE = 1, 2
 #: Seconds that a case may take, and what the option for them says.
 LIMIT, PATIENCE = 60.0, "A case that takes longer is a fault."
 #: Failures of one operator and dtype that are told in full.
@@ -22,7 +21,7 @@ TOLD = 4
 WIDTH = 100
 
 
-@command
+@verdict
 def check(
     ops: Annotated[
         list[str] | None, typer.Argument(metavar="[OP]...", help="Operators.", show_default="all of them")
@@ -59,6 +58,7 @@ def check(
     from .._lib import usable_cpus
     from ..conformance import conformance, plan, tiers
 
+    check_reports(as_json)
     if save is not None:
         save.mkdir(parents=True, exist_ok=True)
     if trace is not None:
@@ -76,14 +76,14 @@ def check(
             for result in conformance(jobs, usable_cpus(), timeout):
                 results.append(result)
                 progress.show(f"{result.op} {result.dtype} {result.isa}: {len(results)} cases")
-    if as_json is not None:
-        _write(as_json, results)
-    if as_json is None or str(as_json) != "-":
+    if str(as_json) != "-":
         render(results)
+    status = 0
     if any(result.outcome == "fault" for result in results):
-        raise typer.Exit(EXIT_FAULT)
-    if not any(result.local.checked for result in results) or any(result.outcome != "pass" for result in results):
-        raise typer.Exit(EXIT_INCONCLUSIVE)
+        status = EXIT_FAULT
+    elif not any(result.local.checked for result in results) or any(result.outcome != "pass" for result in results):
+        status = EXIT_INCONCLUSIVE
+    finish(status, (as_json, lambda: _as_json(results)))
 
 
 def _captured(path: Path, model: str | None, ops: Sequence[str], dtype: str | None) -> Iterable[Result]:
@@ -103,15 +103,10 @@ def _captured(path: Path, model: str | None, ops: Sequence[str], dtype: str | No
         raise CaseError(file=path, field="file", expected="a trace or case", found=error.strerror or error) from None
 
 
-def _write(path: Path, results: Sequence[Result]) -> None:
+def _as_json(results: Sequence[Result]) -> str:
     import json
-    import sys
 
-    text = json.dumps([result.as_dict() for result in results], indent=1, allow_nan=False)
-    if str(path) == "-":
-        sys.stdout.write(text + "\n")
-    else:
-        path.write_text(text + "\n", encoding="utf-8")
+    return json.dumps([result.as_dict() for result in results], indent=1, allow_nan=False)
 
 
 def render(results: Sequence[Result]) -> None:

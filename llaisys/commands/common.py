@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import Enum
+from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, ParamSpec, TextIO
 
 import typer
@@ -24,6 +28,8 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 
 EXIT_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 130, 141
+#: Of the commands that give a verdict; the last one if there is none, or output is lost.
+EXIT_FAULT, EXIT_INCONCLUSIVE = 1, 2
 
 
 class Backend(str, Enum):
@@ -61,27 +67,63 @@ class Options:
 
 def command(function: Callable[P, None]) -> Callable[P, None]:
     """A command whose errors are one line on stderr and an exit status of 1; 130 after Ctrl-C."""
+    return _with_status(function, EXIT_ERROR)
 
+
+def verdict(function: Callable[P, None]) -> Callable[P, None]:
+    """A command whose exit status of 1 is a verdict; that of an error is 2, as there is none."""
+    return _with_status(function, EXIT_INCONCLUSIVE)
+
+
+def _with_status(function: Callable[P, None], status: int) -> Callable[P, None]:
     @functools.wraps(function)
     def inner(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            function(*args, **kwargs)
-            sys.stdout.flush()
-        except BrokenPipeError:
-            # Whoever read our output has enough. Python would complain once more when it flushes at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(EXIT_BROKEN_PIPE) from None
+            with interruptible():
+                function(*args, **kwargs)
+                sys.stdout.flush()
         except KeyboardInterrupt:
             if Options.traceback:
                 traceback.print_exc()
             raise typer.Exit(EXIT_INTERRUPTED) from None
-        except (LlaisysError, MemoryError) as error:
+        except (LlaisysError, MemoryError, OSError) as error:
             if Options.traceback:
                 traceback.print_exc()
-            complain(str(error) or "out of memory")
-            raise typer.Exit(EXIT_ERROR) from None
+            complain(message_of(error))
+            raise typer.Exit(status) from None
 
     return inner
+
+
+def message_of(error: BaseException) -> str:
+    """What is told of an error."""
+    if isinstance(error, OSError) and not isinstance(error, LlaisysError) and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return str(error) or "out of memory"
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Between its default actions before and none after, as all is said then and the exit status stands, Ctrl-C raises
+    KeyboardInterrupt; not where it has another action."""
+    ours = signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGINT, _interrupt)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """While modules load, the default action: those of numpy would make an error of their own of the exception."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def complain(message: str) -> None:
@@ -99,6 +141,42 @@ def printable(text: str) -> str:
 def colours(stream: TextIO) -> bool:
     """Whether `stream` is a terminal that shows colours, and nobody asked for none."""
     return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+
+
+# ----------------------------------------------------------------- reports
+
+
+def check_reports(*paths: Path | None) -> None:
+    """FileError if one of the reports that are asked for could not be written; before the work, which may be long."""
+    from ..files import check_target
+
+    for path in paths:
+        if path is not None and str(path) != "-":
+            check_target(path, devices=True)
+
+
+def finish(status: int, *reports: tuple[Path | None, Callable[[], str]]) -> None:
+    """Write the reports that are asked for, - being stdout, and end with `status`.
+
+    This comes after all else, so that a verdict is told also if a report cannot be written.
+    """
+    from ..errors import FileError
+    from ..files import write_text
+
+    for path, text in reports:
+        if path is None:
+            continue
+        content = text().rstrip("\n") + "\n"
+        try:
+            if str(path) == "-":
+                sys.stdout.write(content)
+            else:
+                write_text(path, content)
+        except FileError as error:
+            complain(str(error))
+            status = status or EXIT_INCONCLUSIVE
+    if status:
+        raise typer.Exit(status)
 
 
 # ---------------------------------------------------------------- progress

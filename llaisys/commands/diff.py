@@ -2,51 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import re
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+from typing import Annotated, Any
 
 import typer
 
-from ..errors import InvalidArgumentError, LlaisysError
-from .common import Isa, Options, StorageType, command, complain
-
-if TYPE_CHECKING:
-    from ..diff import Report
+from ..errors import InvalidArgumentError
+from .common import Isa, StorageType, check_reports, finish, verdict
 
 #: Largest file of tokens that is read.
 _TOKEN_BYTES = 16 << 20
-#: Exit status where there is no verdict, an error among them: 1 says that a fault is named.
-EXIT_INCONCLUSIVE = 2
 _SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
-P = ParamSpec("P")
-
-
-def _inconclusive(function: Callable[P, None]) -> Callable[P, None]:
-    """`command`, with 2 as the exit status of an error."""
-
-    @functools.wraps(function)
-    def inner(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            function(*args, **kwargs)
-        except (LlaisysError, MemoryError, OSError) as error:
-            if isinstance(error, BrokenPipeError):
-                raise
-            if Options.traceback:
-                raise
-            complain(str(error) or "out of memory")
-            raise typer.Exit(EXIT_INCONCLUSIVE) from None
-
-    return command(inner)
-
-
-@_inconclusive
+@verdict
 def diff(
     model: Annotated[
         str, typer.Argument(help="A folder in Hugging Face layout, or the embedded model.", show_default=True)
@@ -99,8 +71,13 @@ def diff(
     Exit status 0: all is certified. 1: a fault is named. 2: neither can be said, or nothing was checked.
     """
     from ..diff import run_isolated
+    from ..diff.html import to_html
     from ..diff.text import print_report
+    from ..files import check_target
 
+    check_reports(json_file, html_file)
+    if save is not None:
+        check_target(save)
     if (prompt is None) == (tokens is None):
         raise typer.BadParameter("expected a text or a file of tokens, found " + ("none" if prompt is None else "both"))
     options: dict[str, Any] = {
@@ -121,21 +98,21 @@ def diff(
         report = run_isolated(model, decode=decode, progress=progress, **options)
     finally:
         progress.close()
-    write_report(report, json_file, html_file)
     if json_file != Path("-"):
         print_report(report)
-    if report.exit_code:
-        raise typer.Exit(report.exit_code)
+    finish(report.exit_code, (json_file, report.to_json), (html_file, lambda: to_html(report)))
 
 
-@_inconclusive
+@verdict
 def trace_diff(
     a: Annotated[Path, typer.Argument(help="A trace that `diff --save` wrote.")],
     b: Annotated[Path, typer.Argument(help="Another one.")],
     model: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Where the weights are.", show_default="as the traces say")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - for stdout.")
+    ] = None,
 ) -> None:
     """Compare two saved runs of one model: of other machines, tiers, versions, or storage types.
 
@@ -144,24 +121,11 @@ def trace_diff(
     """
     from ..diff.compare import compare_traces, print_comparison
 
+    check_reports(json_file)
     result = compare_traces(a, b, model)
-    if json_file is not None:
-        json_file.write_text(result.to_json(), encoding="utf-8")
-    print_comparison(result)
-    if result.exit_code:
-        raise typer.Exit(result.exit_code)
-
-
-def write_report(report: Report, json_file: Path | None, html_file: Path | None) -> None:
-    """The report as JSON and as HTML, where asked for."""
-    if json_file == Path("-"):
-        print(report.to_json())
-    elif json_file is not None:
-        json_file.write_text(report.to_json(), encoding="utf-8")
-    if html_file is not None:
-        from ..diff.html import to_html
-
-        html_file.write_text(to_html(report), encoding="utf-8")
+    if json_file != Path("-"):
+        print_comparison(result)
+    finish(result.exit_code, (json_file, result.to_json))
 
 
 def read_tokens(path: Path) -> list[int]:
@@ -175,11 +139,11 @@ def read_tokens(path: Path) -> list[int]:
         raise InvalidArgumentError(f"--tokens: expected at most {_TOKEN_BYTES} bytes, found more in {path}")
     text = raw.decode("utf-8", "replace")
     found = re.sub(r"[\s,;\[\]]+", " ", text).split()
-    try:
-        return [int(item) for item in found]
-    except ValueError:
-        wrong = next(item for item in found if not re.fullmatch(r"[+-]?\d+", item))
-        raise InvalidArgumentError(f"--tokens: expected integers in {path}, found {wrong[:40]!r}") from None
+    for item in found:
+        if not re.fullmatch(r"[+-]?[0-9]{1,18}", item):
+            shown = item if len(item) <= 40 else f"{item[:40]}..."
+            raise InvalidArgumentError(f"--tokens: expected token ids in {path}, found {shown!r}")
+    return [int(item) for item in found]
 
 
 def parse_swaps(texts: list[str]) -> dict[str, str]:

@@ -144,8 +144,6 @@ class _Printer:
         self._open_line = self._dimmed = False
         self._times: list[float] = []
         self._prompt_tokens = 0
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="replace")  # a stdout that is not UTF-8 gets ? for what it lacks
 
     def put(self, ids: Any) -> None:
         """The prompt on the first call, then the new ids."""

@@ -7,17 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import Isa, command, printable
+from .common import EXIT_FAULT, EXIT_INCONCLUSIVE, Isa, printable, verdict
 
 if TYPE_CHECKING:
     from ..case import Case
     from ..certify import Local
     from ..replay import Replay
 
-EXIT_FAULT, EXIT_NOTHING = 1, 2
 
-
-@command
+@verdict
 def replay(
     case: Annotated[Path, typer.Argument(metavar="CASE.npz", help="A file of llaisys check --save or llaisys diff.")],
     isa: Annotated[Isa | None, typer.Option(help="Instruction set tier.", show_default="best of the machine")] = None,
@@ -42,7 +40,7 @@ def replay(
     result = run(captured)
     render(result)
     if not result.native.checked:
-        raise typer.Exit(EXIT_NOTHING)
+        raise typer.Exit(EXIT_INCONCLUSIVE)
     if not result.native:
         raise typer.Exit(EXIT_FAULT)
 

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InvalidArgumentError
-from .common import EXIT_ERROR, command
+from .common import EXIT_FAULT, check_reports, finish, verdict
 
 if TYPE_CHECKING:
     from ..selftest.run import Case
     from ..selftest.summary import Row
 
 
-@command
+@verdict
 def selftest(
     faults: Annotated[
         list[str] | None, typer.Argument(metavar="[FAULT]...", help="Only these faults; all of them by default.")
@@ -28,7 +28,9 @@ def selftest(
     quick: Annotated[bool, typer.Option("--quick", help="Each fault once, in bf16, and a few controls.")] = False,
     controls: Annotated[int, typer.Option(min=0, metavar="N", help="Runs of right libraries.")] = 300,
     show: Annotated[bool, typer.Option("--list", help="List the faults and exit.")] = False,
-    as_json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every run to a file.")] = None,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write every run; - for stdout.")
+    ] = None,
 ) -> None:
     """Build kernels with known faults, and count what the differ and the rules of others find of them.
 
@@ -48,15 +50,15 @@ def selftest(
         for mutant in chosen:
             print(f"{mutant.name:<32}{'/'.join(mutant.certificates):<14}{mutant.title}")
         return
+    check_reports(as_json)
     plan = Plan(mutants=chosen, controls=controls)
     if quick:
         plan = Plan(("tiny"), ("bf16",), ("middle",), plan.prompts[:1], 2, chosen, min(controls, 12))
     cases = _with_progress(lambda progress: run(plan, source_tree(source), progress=progress))
-    if as_json is not None:
-        as_json.write_text("".join(json.dumps(as_dict(case)) + "\n" for case in cases))
-    _print(summarise(cases), misses(cases))
-    if misses(cases):
-        raise typer.Exit(EXIT_ERROR)
+    if str(as_json) != "-":
+        _print(summarise(cases), misses(cases))
+    status = EXIT_FAULT if misses(cases) else 0
+    finish(status, (as_json, lambda: "".join(json.dumps(as_dict(case)) + "\n" for case in cases)))
 
 
 def _with_progress(work: Any) -> list[Case]:

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .bench import Phase
-from .check import EXIT_FAULT, EXIT_INCONCLUSIVE, LIMIT, PATIENCE, TOLD, render
-from .common import Progress, StorageType, command, printable
+from .check import LIMIT, PATIENCE, TOLD, render
+from .common import EXIT_FAULT, EXIT_INCONCLUSIVE, Progress, StorageType, printable, verdict
 
 if TYPE_CHECKING:
     from ..bench.report import Figures
     from ..conformance import Result
 
 
-@command
+@verdict
 def trial(
     op: Annotated[str, typer.Argument(metavar="OP", help="The operator that it computes.")],
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A source in C or C++, or a shared library.")],
@@ -99,8 +99,10 @@ def _render(op: str, results: Sequence[Result], rows: Sequence[dict[str, Any]]) 
     if rows:
         console.print()
         Console(highlight=False, width=max(console.width, 96)).print(_figures(op, rows).rich())
-        note = "Medians in microseconds, measured in turns; -: more than a second. x: how many times as fast yours is."
-        console.print(f"[dim]{note}[/]")
+        console.print(
+            "[dim]Medians in microseconds, measured in turns, with what a call from Python costs; -: more than a "
+            "second. ±: range of the middle half of your series. x: how many times as fast yours is.[/]"
+        )
 
 
 def _refusals(results: Sequence[Result]) -> Iterator[str]:
@@ -130,6 +132,7 @@ def _figures(op: str, rows: Sequence[dict[str, Any]]) -> Figures:
         yours = found.get(YOURS, {})
         times = [number(found.get(name, {}).get("microseconds")) for name in (YOURS, "native", "torch")]
         ratios = [number(yours.get(f"speed_relative_to_{name}"), 2) for name in ("native", "torch")]
-        lines.append([case, dtype, *times, *ratios, share(yours)])
-    columns = ["case", "dtype", "yours", "llaisys", "torch", "x llaisys", "x torch", "of the roof"]
+        spread = f"{yours['iqr_percent']:.0f}%" if yours else "-"
+        lines.append([case, dtype, times[0], spread, *times[1:], *ratios, share(yours)])
+    columns = ["case", "dtype", "yours", "±", "llaisys", "torch", "x llaisys", "x torch", "of the roof"]
     return Figures(op, columns, lines)

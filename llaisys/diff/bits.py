@@ -59,6 +59,14 @@ def first_difference(expected: Array, found: Array, *, nan: bool = False) -> Dif
     )
 
 
+def first_nonfinite(array: Array) -> tuple[int, ...] | None:
+    """The index of the first NaN or infinity, None if there is none."""
+    if array.dtype.kind in "iu":
+        return None
+    wrong = ~np.isfinite(array)
+    return tuple(int(i) for i in np.unravel_index(int(np.argmax(wrong)), wrong.shape)) if wrong.any() else None
+
+
 def digests(array: Array) -> Array:
     """A 64-bit digest of the bits of each row, [T]."""
     rows = as_rows(array)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -25,7 +26,10 @@ from .ledger import Array
 from .report import CERTIFIED, FAULT, INCONCLUSIVE
 from .text import WIDTH
 from .trace import Trace, TracedNode
+from .traced_weights import compare_weights
 
+#: Weights that are listed, beyond which they are counted.
+_LISTED = 12
 #: What of the headers is compared and named, and how it is called.
 _FIELDS = {"dtype": "storage type", "isa": "tier", "threads": "threads", "machine": "machine", "cpu": "processor"}
 
@@ -59,7 +63,8 @@ class Comparison:
     which: str = ""  # which trace that is: "A", "B", "A and B"
     reason: str = ""
     notes: list[str] = field(default_factory=list)
-    weights: list[str] = field(default_factory=list)  # weights that differ
+    weights: dict[str, str] = field(default_factory=dict)  # weights that differ, and how, where that is to be had
+    uncompared: list[str] = field(default_factory=list)  # weights of which it can not be said
 
     @property
     def exit_code(self) -> int:
@@ -69,7 +74,7 @@ class Comparison:
         rows = sum(site.rows for site in self.sites)
         open_sites = any(not s.equal and "pass" not in (s.a, s.b) for s in self.sites)
         suspect = any("suspect" in (s.a, s.b) or ("skipped" in (s.a, s.b) and not s.equal) for s in self.sites)
-        return INCONCLUSIVE if not rows or open_sites or suspect else CERTIFIED
+        return INCONCLUSIVE if not rows or open_sites or suspect or self.uncompared else CERTIFIED
 
     def to_json(self) -> str:
         """All of it as JSON."""
@@ -99,6 +104,7 @@ def compare_traces(
             return result
         shared = _shared(left.header["tokens"], right.header["tokens"])
         checkpoints = [_checkpoint(result, trace, model) for trace in (left, right)]
+        result.weights, result.uncompared = compare_weights(left, right, *checkpoints)
         order = list(graph(min(layers, 1 << 16)))
         rank = {site: i for i, site in enumerate(order)}
         others = right.by_site()
@@ -153,8 +159,6 @@ def _name_differences(result: Comparison, left: Trace, right: Trace) -> None:
     elif one["tokens"] != two["tokens"]:
         same = _shared(one["tokens"], two["tokens"])
         result.named.append(f"tokens: the texts part at position {same}")
-    if one["dtype"] == two["dtype"]:
-        result.weights = [name for name, digest in one["weights"].items() if two["weights"].get(name, digest) != digest]
 
 
 def _shared(a: list[int], b: list[int]) -> int:
@@ -254,9 +258,8 @@ def print_comparison(result: Comparison, console: Console | None = None) -> None
         console.print(Text(f"PART: {result.parts}: {result.which} is wrong", style="bold red"))
         console.print(Text(f"      {result.reason}"))
     elif result.weights:
-        console.print(
-            Text(f"PART: {len(result.weights)} weights differ, the first {result.weights[0]}", style="bold red")
-        )
+        count = f"{len(result.weights)} weight{'s differ' if len(result.weights) > 1 else ' differs'}"
+        console.print(Text(f"PART: {count}, the first {next(iter(result.weights))}", style="bold red"))
     elif result.exit_code == CERTIFIED:
         same = all(site.equal for site in result.sites)
         text = "the same bits throughout" if same else "all differences are rounding, each run on its own inputs"
@@ -266,11 +269,19 @@ def print_comparison(result: Comparison, console: Console | None = None) -> None
     console.print(Text(f"A  {printable(result.a)}\nB  {printable(result.b)}", style="dim"))
     for text in result.named:
         console.print(Text(f"differ in {printable(text)}"))
+    for name, text in itertools.islice(result.weights.items(), _LISTED):
+        console.print(Text(printable(f"differ in {name}" + (f": B has {text}" if text else ""))))
+    if len(result.weights) > _LISTED:
+        console.print(Text(f"differ in {len(result.weights) - _LISTED} more weights"))
     if result.first_bits:
         console.print(Text(f"first bits that differ: {result.first_bits}"))
     console.print()
     if any(not site.equal for site in result.sites):
         _table(console, result)
+    if result.uncompared:
+        text = f"{len(result.uncompared)} weights could not be compared, the first {result.uncompared[0]}"
+        why = "their storage types differ, and a trace has digests only (--model says where the weights are)"
+        console.print(Text(printable(f"note  {text}: {why}"), style="yellow"))
     for note in result.notes:
         console.print(Text(f"note  {printable(note)}", style="yellow"))
 

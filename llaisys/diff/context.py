@@ -5,6 +5,7 @@ Both are given the tokens of the native run. What is compared is a sample of row
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -154,17 +155,26 @@ class Transformers:
 
     def __init__(self, path: str, dtype: str, layers: int) -> None:
         import torch
-        from transformers import Qwen2ForCausalLM
+        from transformers import DynamicCache, Qwen2ForCausalLM
+        from transformers.utils import logging
 
         from ..checkpoint import Checkpoint
 
         self._torch = torch
         kinds = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
         folder = Checkpoint.open(path).path
-        self._model = Qwen2ForCausalLM.from_pretrained(
-            str(folder), dtype=kinds[dtype], local_files_only=True, use_safetensors=True
-        ).eval()
-        self._cache: Any = None
+        shown = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()  # ours says what is being done
+        try:
+            self._model = Qwen2ForCausalLM.from_pretrained(
+                str(folder), dtype=kinds[dtype], local_files_only=True, use_safetensors=True
+            ).eval()
+        finally:
+            if shown:
+                logging.enable_progress_bar()
+        self._cache: Any = DynamicCache(config=self._model.config)
+        arguments = inspect.signature(self._model.forward).parameters
+        self._cached = "cache" if "cache" in arguments else "past_key_values"  # as older ones call it
         self._length = 0
         self._rows: dict[str, tuple[int, Array]] = {}
         modules: Mapping[str, Any] = dict(self._model.named_modules())
@@ -185,8 +195,7 @@ class Transformers:
         self._rows = {}
         with self._torch.no_grad():
             ids = self._torch.tensor([list(tokens)])
-            result = self._model(ids, past_key_values=self._cache, use_cache=True)
-        self._cache = result.past_key_values
+            self._model(ids, use_cache=True, **{self._cached: self._cache})
         self._length += len(tokens)
         for i in range(self._layers):
             keys = self._cache.layers[i].keys[0].transpose(0, 1)  # [S, K, D]

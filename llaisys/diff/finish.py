@@ -41,7 +41,7 @@ def finish(runner: Runner, report: Report, folder: str | None) -> None:
         entry = runner.ledger.evidence.get((fault.site, fault.certificate))
         if entry is not None and entry.outputs and i < _DESCRIBED:
             runner.say("describing", fault.step, fault.site)
-            fault = _described(runner, fault, entry, report.faults)
+            fault = _described(runner, fault, entry, report)
             if folder is not None:
                 fault = replace(fault, reproducer=_reproducer(runner, fault, entry, folder))
         fault = _placed(runner, report, fault)
@@ -50,6 +50,9 @@ def finish(runner: Runner, report: Report, folder: str | None) -> None:
             fault = replace(fault, swap=_swapped(runner, fault))
         report.faults[i] = fault
     report.text = report.text or _text(runner, report.tokens)
+    text = _text(runner, report.prompt)
+    if text and runner.engine.tokenizer.encode(text) == report.prompt:
+        report.prompt_text = text
     report.flips = [
         replace(
             flip,
@@ -71,7 +74,7 @@ def _text(runner: Runner, tokens: list[int]) -> str:
 # ------------------------------------------------------------------ the error itself
 
 
-def _described(runner: Runner, fault: Fault, entry: Entry, faults: Sequence[Fault]) -> Fault:
+def _described(runner: Runner, fault: Fault, entry: Entry, report: Report) -> Fault:
     """First wrong position, shape, and a hypothesis."""
     spec = entry.spec
     limit = max(1, runner.budget // max(1, row_bytes(entry)))
@@ -99,12 +102,25 @@ def _described(runner: Runner, fault: Fault, entry: Entry, faults: Sequence[Faul
         return as_outputs(spec, spec.call(function, {**values, **scalars}))
 
     hypothesis = fault.hypothesis
-    unsteady = any(f.site == fault.site and f.certificate == "REPEAT" and ANEW in f.message for f in faults)
+    repeat = runner.ledger.faults.get((fault.site, "REPEAT"))
+    unsteady = repeat is not None and ANEW in repeat.message
     if hypothesis is None and unsteady and _changes(entry, rerun):
         hypothesis = "not the same bits each time on the same inputs: a race, or memory that was not written"
     if hypothesis is None and fault.certificate == "LOCAL":
         hypothesis = find_hypothesis(spec, inputs, entry.scalars, outputs, wrong=masks, rerun=rerun)
+    if fault.certificate == "LOCAL" and repeat is not None and not unsteady:
+        hypothesis = _of_rows(hypothesis, entry, report)
     return replace(fault, shape=shape or fault.shape, hypothesis=hypothesis)
+
+
+def _of_rows(hypothesis: str | None, entry: Entry, report: Report) -> str | None:
+    """The hypothesis, with the number of rows of the calls that it is about: where a call of the same site that has
+    more is right, and the same inputs give other bits."""
+    more = (node for node in report.nodes if node.site == entry.site and node.rows > entry.rows)
+    if not any(node.outcomes["LOCAL"] == "pass" for node in more):
+        return hypothesis
+    calls = "in calls of one row" if entry.rows == 1 else f"in calls of {entry.rows} rows"
+    return f"{hypothesis}, {calls}" if hypothesis else f"wrong {calls}, right in a call of more"
 
 
 def _changes(entry: Entry, rerun: Any) -> bool:
@@ -144,7 +160,7 @@ def _reproducer(runner: Runner, fault: Fault, entry: Entry, folder: str) -> str 
         path.parent.mkdir(parents=True, exist_ok=True)
         save_case(path, case)
     except OSError as error:
-        runner.notes.append(f"{path} could not be written: {error.strerror}")
+        runner.notes.append(f"no reproducer: {error}")
         return None
     return str(path)
 
@@ -189,7 +205,12 @@ def _swapped(runner: Runner, fault: Fault) -> str | None:
 
 
 def _passes(runner: Runner, fault: Fault) -> list[list[int]]:
-    """The calls of the main run up to the step of a fault."""
+    """The calls of the main run up to the step of a fault; where only a repetition has it, the call of that, behind all
+    tokens before it."""
+    entry = runner.ledger.evidence.get((fault.site, fault.certificate))
+    if entry is not None and not runner.ledger.in_run(fault):
+        begin, end = entry.position, entry.position + entry.rows
+        return [tokens for tokens in (runner.tokens[:begin], runner.tokens[begin:end]) if tokens]
     return [runner.prompt, *([token] for token in runner.tokens[len(runner.prompt) :][: fault.step])]
 
 

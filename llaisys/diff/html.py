@@ -27,7 +27,7 @@ MEANINGS = {
     "EDGE": "each input has the bits that the node which makes it put out",
     "PARAM": "weights, scale, eps, theta, positions and head counts are those of the checkpoint",
     "STATE": "the keys and values that attention saw are this sequence's own, all of them, in order",
-    "REPEAT": "the same bits again: with one thread and with many, and with the prompt cut elsewhere",
+    "REPEAT": "the same bits again: with one thread and with many, with the prompt cut elsewhere, and without taps",
 }
 #: Suspects that are listed by name.
 LISTED = 40
@@ -123,6 +123,8 @@ def _verdict(report: Report) -> tuple[str, str]:
     extent = f"{len(nodes)} nodes ({sites} sites, {steps} steps), {checked:,} of {size:,} elements certified."
     if worst is not None:
         extent += f" Largest ratio {number(worst.ratio)}, at {worst.site} ({step_name(worst.step)})."
+    if report.nonfinite:
+        extent += f" Not finite: {report.nonfinite}."
     if report.exit_code == FAULT:
         first = report.faults[0]
         others = len({fault.site for fault in report.faults}) - 1

@@ -17,7 +17,7 @@ from ..reference.compare import ratios
 from ..reference.numerics import f64
 from .calls import Array, Call, Mutation, Results, cut, explains
 from .mutations import MUTATIONS
-from .shape import Axis, describe_indices, find_move
+from .shape import Axis, describe_indices, exchanged_text, find_exchange, find_move
 
 __all__ = ["find_hypothesis"]
 
@@ -156,6 +156,9 @@ def _moved_along(call: Call, axis: int, noun: str) -> str | None:
         found = call.outputs[name]
         if oracle.exact or found.ndim <= axis + (noun == "head"):
             continue
+        exchanged = find_exchange(found, oracle.y, ratios(found, oracle), axis)
+        if exchanged is not None:
+            return f"{exchanged_text(Axis(noun, found.shape[axis]), *exchanged)} exchanged"
         move = find_move(found, oracle.y, ratios(found, oracle), axis)
         if move is not None:
             where = describe_indices(move[0], Axis(noun, found.shape[axis])).removeprefix("only ")

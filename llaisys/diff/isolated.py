@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
 import signal
 import subprocess
-import sys
 import time
 from typing import Any
 
 from .. import errors
+from .._processes import start_worker
 from ..checkpoint import Checkpoint
 from ..errors import InternalError, LlaisysError
+from ..files import partial_of
 from ..models.nodes import graph
+from .ledger import FORWARD, UNTAPPED
+from .prefix import INFER
 from .repeat import ANEW
 from .report import Fault, Report
 from .run import Progress
@@ -45,15 +49,15 @@ def run_isolated(
         values["tokens"] = [int(token) for token in values["tokens"]]
     begin = time.perf_counter()
     # Nodes are certified in several threads, each with a BLAS of one thread: together they would wait for each other.
-    environment = {**dict.fromkeys(_BLAS, "1"), **os.environ}
-    child = subprocess.Popen(
-        [sys.executable, "-m", "llaisys.diff.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
-    )
+    environment = {name: "1" for name in _BLAS if name not in os.environ}
+    child = start_worker("llaisys.diff.worker", environment=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     last = ("loading", 0, "")
+    started = False
     try:
         assert child.stdin is not None and child.stdout is not None
-        child.stdin.write(json.dumps(values).encode())
-        child.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # of a process that ended at once: its status says more
+            child.stdin.write(json.dumps(values).encode())
+            child.stdin.close()
         with selectors.DefaultSelector() as selector:
             selector.register(child.stdout, selectors.EVENT_READ)
             buffer = b""
@@ -66,7 +70,9 @@ def run_isolated(
                 *lines, buffer = (buffer + part).split(b"\n")
                 for line in lines:
                     kind, *event = json.loads(line)
-                    if kind == "at":
+                    if kind == "started":
+                        started = True
+                    elif kind == "at":
                         last = (event[0], event[1], event[2])
                         if progress is not None:
                             progress(*last)
@@ -75,16 +81,21 @@ def run_isolated(
                     else:
                         raise _error(*event)
         status = child.wait()
+        how = f"the process ended with status {status} and without a report"
         if status < 0:
             try:
                 name = signal.Signals(-status).name
             except ValueError:
                 name = f"signal {-status}"
-            return _ended(values, last, f"the process died of {name}", begin)
-        return _ended(values, last, f"the process ended with status {status} and without a report", begin)
+            how = f"the process died of {name}"
+        if not started:
+            raise InternalError(f"llaisys.diff.worker: expected it to start, found that {how}")
+        return _ended(values, last, how, begin)
     finally:
         child.kill()
         child.wait()
+        if "save" in values:
+            partial_of(values["save"], child.pid).unlink(missing_ok=True)
         if child.stdout is not None:
             child.stdout.close()
 
@@ -121,8 +132,8 @@ def _ended(options: dict[str, Any], last: tuple[str, int, str], how: str, begin:
         running = sites[(sites.index(site) + 1) % len(sites)]
         where = f"in {running}, after {site}, {scene}, " + ("the prompt" if step == 0 else f"step {step}")
     else:
-        running, where = sites[0], f"in {scene}"
-    op = graph(config.num_hidden_layers)[running]
+        running, where = UNTAPPED if scene in (UNTAPPED, INFER) else sites[0], f"in {scene}"
+    op = graph(config.num_hidden_layers).get(running, FORWARD)
     fault = Fault(running, op, step, 0, "LOCAL", f"{how} {where}")
     tokens = list(options.get("tokens", []))
     return Report(

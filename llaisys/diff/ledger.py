@@ -16,6 +16,8 @@ from .wiring import Wiring
 Array = np.ndarray[Any, Any]
 #: The scene that is the run itself; the others are repetitions, and what comes before.
 MAIN = "run"
+#: The site and the operator of a fault of passes that nobody watches: none of the graph.
+UNTAPPED, FORWARD = "the engine without taps", "forward"
 #: Evidence, with copies of all that a node read, is kept of so many faults.
 _MOST_EVIDENCE = 6
 
@@ -95,16 +97,16 @@ class Ledger:
         entry: Entry | None = None,
         scene: str = MAIN,
     ) -> None:
-        """Note a fault. Of one site and certificate that of the earliest step is kept, and there that of the run itself
-        rather than that of a repetition."""
+        """Note a fault. Of one site and certificate that of the run itself is kept rather than that of a repetition,
+        and of either that of the earliest step."""
         step = self.step_of(position) if step is None else step
-        op = self.wirings[site].op if site in self.wirings else "argmax"
+        op = self.wirings[site].op if site in self.wirings else FORWARD if site == UNTAPPED else "argmax"
         fault = Fault(site, op, step, position, certificate, message, ratio, hypothesis=hypothesis)
         with self._lock:
             key = (site, certificate)
             known = self.faults.get(key)
             main = scene == MAIN
-            if known is not None and (known.step, key not in self._main) <= (step, not main):
+            if known is not None and (key not in self._main, known.step) <= (not main, step):
                 return
             self.faults[key] = fault
             (self._main.add if main else self._main.discard)(key)
@@ -120,8 +122,11 @@ class Ledger:
         another layer's cache has come round; then by step, as the graph runs, and by certificate."""
         wiring = self.wirings.get(fault.site)
         index = len(self.wirings) if wiring is None else wiring.index
-        repeated = (fault.site, fault.certificate) not in self._main
-        return repeated, fault.step, index, CERTIFICATES.index(fault.certificate)
+        return not self.in_run(fault), fault.step, index, CERTIFICATES.index(fault.certificate)
+
+    def in_run(self, fault: Fault) -> bool:
+        """Whether the run itself has the fault, and not only a repetition of it."""
+        return (fault.site, fault.certificate) in self._main
 
     def blamed(self) -> list[Fault]:
         """All faults, the one to blame first."""

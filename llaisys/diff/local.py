@@ -19,7 +19,7 @@ from .._lib import usable_cpus
 from ..certify import Local, certify
 from ..models.nodes import Kernel, as_outputs, kernel_function
 from ..reference import Spec
-from .ledger import Array, Entry, Ledger
+from .ledger import MAIN, Array, Entry, Ledger
 
 #: Nodes of at most so many rows wait, until together they have so many.
 _FEW, _TOGETHER = 4, 16
@@ -98,10 +98,12 @@ class Certifier:
         entry.outcomes["LOCAL"] = found.outcome
         if found.outcome == "fault":
             position = entry.position + row
+            rows = f"{entry.rows} row{'s' if entry.rows > 1 else ''}"
+            scene = f"{entry.scene}, in a call of {rows}: " if entry.scene != MAIN else ""
             self._ledger.fault(
                 entry.site,
                 "LOCAL",
-                found.reason,
+                scene + found.reason,
                 position=position,
                 step=entry.step,
                 ratio=found.ratio,

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..reference import SPECS
 from ..reference.bounds import U32, Oracle, finfo, half_ulp, rounding_point, walk
+from ..reference.compare import ratios
 from ..reference.numerics import cast, f32, f64, r
 from ..reference.ops.self_attention import attend
 from .calls import Array, Call, Mutation, Results
@@ -241,11 +242,14 @@ def _unrounded_sum(call: Call) -> Results:
     return _formula(call, rows, _scale(rows, call["eps"]))
 
 
+def _eps(eps: float) -> Callable[[Call], Results | None]:
+    return lambda c: c.oracle(eps=eps) if not math.isclose(c["eps"], eps, rel_tol=1e-3) else None
+
+
 NORM = (
     Mutation("eps left out", _only_out(lambda c: c.oracle(eps=0.0))),
+    *(Mutation(f"eps {eps} instead of the model's", _eps(float(eps))) for eps in ("1e-5", "1e-6", "1e-8", "1e-12")),
     Mutation("eps outside the root", _scaled(lambda mean, eps, n: 1 / (np.sqrt(mean) + eps))),
-    Mutation("eps 1e-5 instead of the model's", lambda c: c.oracle(eps=1e-5) if c["eps"] != 1e-5 else None),
-    Mutation("eps 1e-6 instead of the model's", lambda c: c.oracle(eps=1e-6) if c["eps"] != 1e-6 else None),
     Mutation("mean over n + 1 elements", _scaled(lambda mean, eps, n: 1 / np.sqrt(mean * n / (n + 1) + eps))),
     Mutation("mean over n - 1 elements", _scaled(lambda mean, eps, n: 1 / np.sqrt(mean * n / (n - 1) + eps))),
     Mutation("the sum of squares instead of their mean", _scaled(lambda mean, eps, n: 1 / np.sqrt(mean * n + eps))),
@@ -308,6 +312,30 @@ def _rounded_product(call: Call) -> Results | None:
     return {"out": Oracle(y + bias, a)}
 
 
+def _narrowed(names: tuple[str, ...], dtype: str) -> Callable[[Call], Results | None]:
+    """Inputs rounded to a type that holds less of each number than that of the call."""
+
+    def make(call: Call) -> Results | None:
+        rounded = {x: r(f32(call[x]), SPECS["linear"].dtypes[dtype]) for x in names}
+        same = all(np.array_equal(f32(call[x]), value) for x, value in rounded.items())
+        return None if same or SPECS["linear"].dtypes[dtype] == call.dtype else call.oracle(**rounded)
+
+    return make
+
+
+def _capped(most: float, rounded: bool) -> Callable[[Call], Results | None]:
+    """c tanh(y / c) of the rounded y, or of y itself. Nowhere is it steeper than y, so that errors do not grow."""
+
+    def make(call: Call) -> Results | None:
+        right = call.right()["out"]
+        assert isinstance(right, Oracle)
+        y, a = rounding_point(right.y, right.a, call.dtype) if rounded else (right.y, right.a)
+        capped = most * np.tanh(y / most)
+        return {"out": Oracle(capped, a + 8 * U32 * np.abs(capped))}
+
+    return make
+
+
 def _low_accumulation(name: str) -> Callable[[Call], Results | None]:
     """Accumulation in `name`: no order is known, so the size of the errors decides, against one made with that type."""
 
@@ -326,6 +354,11 @@ def _low_accumulation(name: str) -> Callable[[Call], Results | None]:
         magnitude = np.abs(f64(call["x"])) @ np.abs(f64(call["weight"])).T
         if not (np.isfinite(error) and made / 8 < error < 2 * made and error > 1.5 * plain / math.sqrt(3)):
             return None
+        # Such errors are everywhere, and on either side alike.
+        part = Oracle(right.y[:8, :128], np.broadcast_to(right.a, right.y.shape)[:8, :128])
+        few = np.mean(ratios(call.outputs["out"], right) > 1) < np.mean(ratios(cast(total, call.dtype), part) > 1) / 4
+        if few or abs(_one_sided(found, right.y)) > abs(_one_sided(total, part.y)) + 0.25:
+            return None
         size = x.shape[1] + 1
         a = float(finfo(dtype).eps) / 2 * min(size, 4 * math.sqrt(size)) * magnitude
         worst = np.abs(found - right.y) / (a + half_ulp(right.y, call.dtype))
@@ -333,6 +366,13 @@ def _low_accumulation(name: str) -> Callable[[Call], Results | None]:
         return dict(call.outputs) if (worst <= 1).all() and relative < 0.5 else None
 
     return make
+
+
+def _one_sided(found: Array, y: Array) -> float:
+    """The mean error of the magnitude, as a share of the mean error: 1 or -1 where all are too large or too small."""
+    error = found - y
+    size = float(np.mean(np.abs(error)))
+    return float(np.mean(error * np.sign(y))) / size if size else 0.0
 
 
 LINEAR = (
@@ -344,6 +384,12 @@ LINEAR = (
     *(Mutation(f"the tail block of W, n mod {w}, is transposed", _transposed(w, True)) for w in (8, 16, 32, 64)),
     *(Mutation(f"the last {w} x {w} block of W is transposed", _transposed(w, False)) for w in (4, 8, 16, 32)),
     Mutation("W is transposed", lambda c: c.oracle(weight=c["weight"].T.copy())),
+    *(
+        Mutation(f"{' and '.join(names)} rounded to {dtype}", _narrowed(names, dtype))
+        for names in (("weight",), ("x",), ("x", "weight"))
+        for dtype in ("bf16", "f16")
+    ),
+    *(Mutation(f"a soft cap of {c} on the result", _capped(c, rounded)) for c in (30, 50) for rounded in (True, False)),
     Mutation("accumulated in bf16 (errors of the size that this makes)", _low_accumulation("bf16"), likely=True),
     Mutation("accumulated in f16 (errors of the size that this makes)", _low_accumulation("f16"), likely=True),
 )

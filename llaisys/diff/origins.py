@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .shape import Axis, describe_indices
+from ..reference import FLOATS
+from ..reference.numerics import cast
+from .shape import Axis, describe_indices, exchanged_text
 
 Array = npt.NDArray[Any]
 
@@ -32,16 +34,12 @@ def explain_state(expected: Array, found: Array, others: Mapping[str, Array] | N
     if not wrong.size:
         return None
     where = describe_indices(right != seen, Axis("row", size)).removeprefix("only ")
-    for name, rows in (others or {}).items():
-        source = np.asarray(rows)
-        if source.dtype != found.dtype or source.shape[1:] != found.shape[1:]:
-            continue
-        bits = _rows(source)
+    alike = {name: np.asarray(rows) for name, rows in (others or {}).items() if np.shape(rows)[1:] == found.shape[1:]}
+    alike = {name: rows for name, rows in alike.items() if rows.dtype == found.dtype}
+    for name, rows in alike.items():
+        bits = _rows(rows)
         if wrong[-1] < len(bits) and (bits[wrong] == seen[wrong]).all():
             return f"{where}: the bits of {name}, at the same rows"
-        known = {row: i for i, row in enumerate(bits.tolist())}
-        if all(row in known for row in seen[wrong].tolist()):
-            return f"{where}: the bits of {name}, of other rows ({wrong[0]} holds {known[seen[wrong[0]].item()]})"
     shift = _shift(right, seen, wrong)
     if shift is not None:
         return f"{where}: shifted by {abs(shift)}, row t holds the row of t {'+' if shift > 0 else '-'} {abs(shift)}"
@@ -54,6 +52,10 @@ def explain_state(expected: Array, found: Array, others: Mapping[str, Array] | N
     if all(row in known for row in seen[wrong].tolist()):
         first = known[seen[wrong[0]].item()]
         return f"{where}: rows of this sequence in another order (row {wrong[0]} holds that of {first})"
+    for name, rows in alike.items():  # late, as texts that share a token share rows of it
+        known = {row: i for i, row in enumerate(_rows(rows).tolist())}
+        if all(row in known for row in seen[wrong].tolist()):
+            return f"{where}: the bits of {name}, of other rows ({wrong[0]} holds {known[seen[wrong[0]].item()]})"
     if found.ndim == 3 and found.shape[1] > 1:
         for turn in range(1, found.shape[1]):
             if (_rows(np.roll(expected, turn, axis=1)) == seen)[wrong].all():
@@ -62,7 +64,8 @@ def explain_state(expected: Array, found: Array, others: Mapping[str, Array] | N
 
 
 def explain_weight(found: Array, candidates: Mapping[str, Array], expected: Array | None = None) -> str | None:
-    """Which weight `found` has the bits of, among `candidates` by name; else which rows of `expected` moved."""
+    """Which weight `found` has the bits of, among `candidates` by name; else what became of those of `expected`: which
+    rows moved, to what they were rounded, where the sign is another."""
     found = np.asarray(found)
     for name, other in candidates.items():
         if _same(found, np.asarray(other)):
@@ -76,7 +79,13 @@ def explain_weight(found: Array, candidates: Mapping[str, Array], expected: Arra
     wrong = np.flatnonzero(right != seen)
     if not wrong.size:
         return None
-    where = describe_indices(right != seen, Axis("row" if found.ndim > 1 else "column", len(found)))
+    axis = Axis("row" if found.ndim > 1 else "column", len(found))
+    where = describe_indices(right != seen, axis)
+    if found.ndim == 2 and found.shape == found.shape[::-1] and _same(found, np.ascontiguousarray(expected.T)):
+        return "has its own bits, transposed"
+    text = _moved(right, seen, wrong, axis) or _changed(np.asarray(expected), found, wrong, where)
+    if text is not None:
+        return text
     shift = _shift(right, seen, wrong) if found.ndim > 1 else None
     if shift is not None:
         return f"{where}: the bits of the rows {abs(shift)} {'after' if shift > 0 else 'before'} them"
@@ -84,7 +93,45 @@ def explain_weight(found: Array, candidates: Mapping[str, Array], expected: Arra
         alike = np.shape(other)[1:] == found.shape[1:] and other.dtype == found.dtype and len(other) > wrong[-1]
         if alike and (_rows(other)[wrong] == seen[wrong]).all():
             return f"{where}: the bits of {name}"
-    return f"{where}: zeros" if not found[wrong].astype(np.float64).any() else None
+    if not found[wrong].astype(np.float64).any():
+        return f"{where}: zeros"
+    if len(np.unique(seen)) == len(seen) and np.array_equal(np.sort(right), np.sort(seen)):
+        first = int(np.flatnonzero(right == seen[wrong[0]])[0])
+        return f"{where}: the same {axis.noun}s in another order ({wrong[0]} holds that of {first})"
+    return None
+
+
+def _moved(right: Array, seen: Array, wrong: Array, axis: Axis) -> str | None:
+    """Rows that changed places in pairs, or in the order of other formats."""
+    for source in np.flatnonzero(right == seen[wrong[0]])[:16]:
+        distance = int(source - wrong[0])
+        lower = wrong[wrong + distance < len(right)]
+        lower = lower[(seen[lower] == right[lower + distance]) & (seen[lower + distance] == right[lower])]
+        lower = lower[(lower - wrong[0]) // max(1, distance) % 2 == 0]
+        pairs = np.union1d(lower, lower + distance)
+        if distance > 0 and np.array_equal(pairs, wrong) and len(pairs) == 2 * len(lower):
+            return f"{exchanged_text(axis, lower, distance)} are exchanged"
+    for size in (n for n in range(4, len(right) + 1, 2) if len(right) % n == 0):
+        order = np.arange(len(right)).reshape(-1, 2, size // 2).swapaxes(1, 2).reshape(-1)
+        for chosen, what in ((order, "interleaved"), (np.argsort(order), "taken apart once more than they were")):
+            if (right[chosen] == seen).all():
+                return f"the halves of each head of {size} {axis.noun}s are {what}, as in GGUF and the first Llama"
+    return None
+
+
+def _changed(expected: Array, found: Array, wrong: Array, where: str) -> str | None:
+    """Numbers that were rounded to another type on the way, or have the other sign."""
+    with np.errstate(all="ignore"):
+        for name, dtype in FLOATS.items():
+            if dtype != found.dtype and _same(found, cast(cast(expected, dtype), found.dtype)):
+                return f"rounded to {name} on the way"
+        if found.dtype == np.float32:
+            short = (np.ascontiguousarray(expected).view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+            if _same(found, short):
+                return "truncated to bf16 on the way"
+        if _same(found[wrong], -expected[wrong]):
+            return f"{where}: negated"
+    return None
 
 
 def _rows(x: Array) -> Array:

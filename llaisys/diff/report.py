@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 from collections.abc import Mapping
@@ -86,9 +87,9 @@ class Drift:
     transformers: float | None = None  # native against transformers
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
-    """The outcome of `llaisys.diff.run`."""
+    """The outcome of `llaisys.diff.run`. A prompt shows it in one line, a notebook as its page."""
 
     model: str
     dtype: str
@@ -106,8 +107,20 @@ class Report:
     flips: list[Flip] = field(default_factory=list)
     drift: list[Drift] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what was sampled, left out, or not to be had
+    nonfinite: str = ""  # where NaN or infinities come from, if any were seen: no fault, but no result either
+    prompt_text: str = ""  # a text that has the tokens of the prompt, if there is one
     seconds: float = 0.0
     peak_bytes: int = 0
+
+    def __repr__(self) -> str:
+        from .text import verdict
+
+        return f"<Report of {self.model} in {self.dtype}: {verdict(self).plain}>"
+
+    def _repr_html_(self) -> str:
+        from .html import to_html
+
+        return f'<iframe srcdoc="{html.escape(to_html(self))}" width="100%" height="700"></iframe>'
 
     @property
     def exit_code(self) -> int:

@@ -15,20 +15,22 @@ import numpy as np
 from .. import _lib
 from ..checkpoint import Checkpoint
 from ..doctor import cpu_model
-from ..errors import InvalidArgumentError
+from ..errors import IndexRangeError, InvalidArgumentError
 from ..models import Qwen2
 from ..models.generation import CachedSequence
 from ..models.nodes import Kernel, choose_kernels
 from ..models.session import as_tokens
 from ..reference import FLOATS
+from .bits import first_nonfinite
 from .context import Context
 from .finish import finish
-from .ledger import MAIN, Entry, Ledger
+from .ledger import MAIN, UNTAPPED, Entry, Ledger
 from .local import Certifier
-from .prefix import certify_infer
+from .prefix import INFER, certify_infer
 from .repeat import Again, Digests, Rerun
 from .report import Report
 from .trace import TraceWriter
+from .untapped import LogitBits, Pass, Way, certify_untapped, pieces
 from .watch import Broken, Visitor, Watch
 from .weights import WeightBits
 from .wiring import wire
@@ -116,6 +118,9 @@ def run(
         if tokens is None:
             assert prompt is not None
             ids = engine.tokenizer.encode(prompt)
+            size = engine.config.vocab_size
+            if ids and max(ids) >= size:
+                raise IndexRangeError(f"prompt: the tokenizer gives {max(ids)}, the model has {size} tokens")
         else:
             ids = as_tokens("tokens", tokens, engine.config.vocab_size).tolist()
         most = engine.config.max_position_embeddings
@@ -171,9 +176,12 @@ class Runner:
         self.second_copy = max_memory is None or 2 * weights + (256 << 20) <= max_memory
         self.threads = _lib.num_threads()
         self.digests = Digests()
+        self.logits = LogitBits()
         self.context: Context | None = None
         self.writer: TraceWriter | None = None
         self.notes: list[str] = []
+        self.nonfinite: list[str] = []  # the first node that puts out NaN or infinities
+        self.odd_logits = 0
         self.tokens = list(prompt)
         self.following: list[int] = []  # the token that the run would go on with, after the prompt and each step
 
@@ -249,6 +257,7 @@ class Runner:
                 self.context.visit(entry)
             if self.writer is not None:
                 self.writer.visit(entry)
+            self._look(entry)
             self.ledger.entries.append(entry)
             certifier.submit(entry)
 
@@ -261,7 +270,7 @@ class Runner:
             if context:
                 self._start_context()
             watch.scene, recording = MAIN, True
-            rows = max(1, min(len(self.prompt), _LOGITS // self.engine.config.vocab_size))
+            rows = self._rows(len(self.prompt))
             if rows < len(self.prompt):
                 self.notes.append(f"model.norm and lm_head of the prompt: the last {rows} of {len(self.prompt)} tokens")
             self._step(watch, 0, self.prompt, rows)
@@ -284,10 +293,20 @@ class Runner:
 
     def _step(self, watch: Watch, step: int, tokens: list[int], rows: int) -> None:
         logits = watch.forward(tokens, last=rows)
+        self.odd_logits += int(np.count_nonzero(~np.isfinite(logits).all(axis=1)))
+        self.logits.keep(watch.length - len(logits), logits)
         self.following.append(int(logits[-1].argmax()))
         if self.context is not None:
             self.say("reference", step, "")
             self.context.step(step, tokens, logits, self.tokens)
+
+    def _look(self, entry: Entry) -> None:
+        """Note the first node whose output is not finite."""
+        for name, x in entry.outputs.items():
+            if not self.nonfinite and (odd := first_nonfinite(x)) is not None:
+                step = "the prompt" if entry.step == 0 else f"decode step {entry.step}"
+                where = f"{step}, position {entry.position + odd[0]}"
+                self.nonfinite.append(f"the first node with {x[odd].item()} in {name} is {entry.site}, {where}")
 
     def _decoy(self, watch: Watch, count: int) -> None:
         """Other tokens, which must leave no trace."""
@@ -326,14 +345,15 @@ class Runner:
 
         # All at once; then cut back and written over, and the rest in pieces.
         watch = again("all tokens in one prefill, then cut", more)
-        watch.forward(tokens, last=min(count, max(1, _LOGITS // self.engine.config.vocab_size)))
+        watch.forward(tokens, last=self._rows(count))
         for keep in dict.fromkeys((count // 2, max(0, count - 3))):
             watch.recording = False
             watch.truncate(keep)
             self._decoy(watch, count - keep)
             watch.truncate(keep)
             watch.recording = True
-            self._pieces(watch, tokens[keep:])
+            for piece in pieces(tokens[keep:], _PIECES):
+                watch.forward(piece, last=1)
         watch.close()
 
         # The prefix of another text, as `generate` reuses it.
@@ -350,19 +370,39 @@ class Runner:
             sequence.feed(tokens[len(self.prompt) :])
         watch.close()
         _lib.set_num_threads(self.threads)
-        if not self.kernels:
-            attention = next((site for site, wiring in self.wirings.items() if wiring.state), "lm_head")
-            self.say("llaisysQwen2ModelInfer", 0, "")
-            certify_infer(self.engine, self.ledger, self.prompt, self.following[:4], attention)
-        else:
-            self.notes.append("llaisysQwen2ModelInfer was not tried: it has no part in swapped kernels")
+        certifier.drain()
+        self._untapped(more)
 
-    def _pieces(self, watch: Watch, tokens: list[int]) -> None:
-        begin = 0
-        for size in (*_PIECES, len(tokens)):
-            if begin < len(tokens):
-                watch.forward(tokens[begin : begin + size], last=1)
-                begin += size
+    def _untapped(self, more: int) -> None:
+        """The same tokens with nobody watching, as users run them."""
+        if self.kernels:
+            self.notes.append(f"{UNTAPPED} and {INFER} were not tried: they have no part in swapped kernels")
+            return
+        other = [(token + 1) % self.engine.config.vocab_size for token in self.tokens]
+        whole, half = len(self.tokens), len(self.tokens) // 2
+        steps = [(len(self.prompt) + i, [token], 1) for i, token in enumerate(self.tokens[len(self.prompt) :])]
+        cut: list[Pass] = [(0, self.tokens[:half], 1), (half, other[half:], 0)] if half else [(0, other, 0)]
+        keep = half
+        for piece in pieces(self.tokens[half:], _PIECES):
+            cut.append((keep, piece, self._rows(len(piece))))
+            keep += len(piece)
+        ways = [
+            Way("as in the run", self.threads, [(0, self.prompt, self._rows(len(self.prompt))), *steps]),
+            Way("all tokens in one prefill", more, [(0, self.tokens, self._rows(whole))]),
+            Way("cut back, and the rest in pieces", 1 if self.threads > 1 else 2, cut),
+        ]
+        if self.ledger.faults:  # then other splits may give other bits, with taps too
+            del ways[1:]
+        if not certify_untapped(self.engine, self.ledger, self.logits, ways, self.say):
+            self.notes.append(f"{INFER} was not tried: {UNTAPPED} does not give the logits of the run as it is")
+            return
+        attention = next((site for site, wiring in self.wirings.items() if wiring.state), "lm_head")
+        self.say(INFER, 0, "")
+        certify_infer(self.engine, self.ledger, self.prompt, self.following[:4], attention)
+
+    def _rows(self, tokens: int) -> int:
+        """Of how many of the last tokens logits are asked for."""
+        return min(tokens, max(1, _LOGITS // self.engine.config.vocab_size))
 
     def close(self) -> None:
         """Free the models beside the engine's."""
@@ -375,8 +415,9 @@ class Runner:
 
     def _report(self) -> Report:
         entries = self.ledger.entries
-        for site, certificate in self.ledger.faults:
-            fault = self.ledger.faults[site, certificate]
+        for (site, certificate), fault in self.ledger.faults.items():
+            if certificate == "LOCAL" and not self.ledger.in_run(fault):
+                continue  # of another call, whose ratio is not that of the run's; REPEAT says that they differ
             for entry in entries:
                 if entry.site == site and entry.step == fault.step:
                     entry.outcomes[certificate] = "fault"  # also where a repetition found it
@@ -384,6 +425,7 @@ class Runner:
             if entry.outcomes["REPEAT"] == "skipped":
                 entry.outcomes["REPEAT"] = "pass"
         info = _lib.library_info()
+        odd = [f"the logits of {self.odd_logits} positions are not finite"] if self.odd_logits else []
         return Report(
             model=self.path,
             dtype=self.engine.dtype,
@@ -405,6 +447,7 @@ class Runner:
             flips=[] if self.context is None else self.context.flips,
             drift=[] if self.context is None else self.context.drift,
             notes=self.notes,
+            nonfinite="; ".join([*filter(None, [self.weights.nonfinite]), *self.nonfinite, *odd]),
         )
 
 

@@ -336,6 +336,9 @@ def _relations(
     if edge:
         return (edge,)
     for i, axis in enumerate(axes):
+        exchanged = find_exchange(output, expected, ratios, i)
+        if exchanged is not None:
+            return (f"{exchanged_text(axis, *exchanged)} are exchanged",)
         moved = find_move(output, expected, ratios, i)
         if moved is not None:
             here = describe_indices(moved[0], axis).removeprefix("only ")
@@ -343,6 +346,44 @@ def _relations(
             by = abs(moved[1])
             return (f"{what} the values of the {axis.noun} {by} {'after' if moved[1] > 0 else 'before'} it",)
     return ()
+
+
+def exchanged_text(axis: Axis, lower: Array, distance: int) -> str:
+    """'heads 0 and 1', 'rows 0 to 3 and 8 to 11' for what has changed places."""
+    if len(lower) == 1:
+        return f"{axis.noun}s {lower[0] + axis.first} and {lower[0] + distance + axis.first}"
+    if (np.diff(lower) == 1).all():
+        first, last = int(lower[0]), int(lower[-1])
+        other = f"{first + distance + axis.first} to {last + distance + axis.first}"
+        return f"{axis.span(first, last + 1)} and {other}"
+    return f"{axis.noun}s that are {distance} apart"
+
+
+def find_exchange(output: Array, expected: Array, ratios: Array, axis: int) -> tuple[Array, int] | None:
+    """Whether the wrong slices along `axis` are pairs that changed places: the lower ones, and how far the others are
+    from them."""
+    size = output.shape[axis]
+    if size < 2 or output.size // size < 4:
+        return None
+    out, y, ratio = (np.moveaxis(x, axis, 0).reshape(size, -1) for x in (output, expected, ratios))
+    wrong = np.flatnonzero(~(ratio <= 1).all(axis=1))
+    if wrong.size < 2 or wrong.size % 2:
+        return None
+    step = -(-out.shape[1] // 256)
+    out, y, ratio = (x[:, ::step].astype(np.float64) for x in (out, y, ratio))
+    inner = np.median(_inner(y[wrong], _tolerances(out[wrong], y[wrong], ratio[wrong]), output.dtype), axis=0)
+    inner = np.where(np.isfinite(inner), inner, 0)
+    for distance in (wrong[1:] - wrong[0]).tolist()[:64]:
+        lower = wrong[np.isin(wrong + distance, wrong)]
+        if distance > 0 and 2 * len(lower) > wrong.size:  # chains of more than two: of the pairs, the first
+            lower = lower[(lower - wrong[0]) // distance % 2 == 0]
+        upper = lower + distance
+        if 2 * len(lower) != wrong.size or np.intersect1d(lower, upper).size:
+            continue
+        both, others = np.concatenate([lower, upper]), np.concatenate([upper, lower])
+        if _close(out[both], y[others], inner, output.dtype) and len(np.unique(out[both])) >= 3:
+            return lower, distance
+    return None
 
 
 def find_move(output: Array, expected: Array, ratios: Array, axis: int) -> tuple[Array, int] | None:

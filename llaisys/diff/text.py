@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -11,7 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ..commands.common import printable
+from ..reference import SPECS
 from .finish import describe_groups
+from .prefix import INFER
 from .report import CERTIFICATES, CERTIFIED, Fault, Flip, NodeResult, Report
 
 #: Columns of the report, where the terminal does not have less.
@@ -26,6 +28,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
         console = Console(highlight=False)
         console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
     console.print(verdict(report))
+    if report.nonfinite:
+        console.print(Text(f"NOT FINITE: {printable(report.nonfinite)}", style="bold yellow"))
     console.print(Text(_run(report), style="dim"))
     console.print()
     if report.faults:
@@ -39,10 +43,10 @@ def print_report(report: Report, console: Console | None = None) -> None:
     notes.add_column(overflow="fold")
     for note in report.notes:
         notes.add_row(Text("note", style="yellow"), Text(printable(note)))
-    command = next_command(report)
-    if command:
-        notes.add_row(Text("next", style="bold"), Text(printable(command), style="bold"))
     console.print(notes)
+    command = next_command(report)
+    if command:  # in one line, to be copied
+        console.print(Text(f"next  {printable(command)}", style="bold"), soft_wrap=True)
 
 
 def verdict(report: Report) -> Text:
@@ -105,9 +109,10 @@ def _fault(console: Console, report: Report, fault: Fault) -> None:
         row("shape", "; ".join(fault.shape))
     if fault.hypothesis:
         row("hypothesis", fault.hypothesis, "bold")
-    row("upstream", ", ".join(map(_short, fault.upstream)) + " certified" if fault.upstream else "nothing certified")
-    downstream = ", ".join(map(_short, fault.downstream))
-    row("downstream", downstream + " certified on what it was given" if downstream else "nothing certified")
+    if any(node.site == fault.site for node in report.nodes):
+        upstream, downstream = (", ".join(map(_short, sites)) for sites in (fault.upstream, fault.downstream))
+        row("upstream", upstream + " certified" if upstream else "nothing certified")
+        row("downstream", downstream + " certified on what it was given" if downstream else "nothing certified")
     if fault.swap:
         row("swap", fault.swap)
     if report.flips:
@@ -197,7 +202,8 @@ def _context(console: Console, report: Report) -> None:
             last = [error for drift, error in errors if drift.site == "lm_head"]
             worst, most = max(errors, key=lambda item: item[1])
             text = f"native against {title}: up to {most:.2g} at {_short(worst.site)}"
-            lines.append(text + (f", {max(last):.2g} in the logits" if last else ""))
+            finite = last and not report.nonfinite  # NaN beside NaN is no difference, and no agreement
+            lines.append(text + (f", {max(last):.2g} in the logits" if finite else ""))
     if not report.faults:
         lines += [f"flip at {flip_text(flip)}" for flip in report.flips[:_LISTED]]
     if len(report.flips) > _LISTED:
@@ -216,9 +222,26 @@ def next_command(report: Report) -> str:
     first = report.faults[0]
     if first.reproducer:
         return f"llaisys replay {shlex.quote(_relative(first.reproducer))}"
-    if first.certificate in ("LOCAL", "REPEAT") and first.op != "argmax":
+    if first.certificate in ("LOCAL", "REPEAT") and first.op in SPECS:
         return f"llaisys check {first.op} --dtype {report.dtype}"
-    return f"llaisys diff {shlex.quote(report.model)} ... --swap {shlex.quote(first.site)}=reference"
+    if first.site not in {node.site for node in report.nodes} or first.message.startswith(INFER):
+        return ""  # nothing that a swap could reach
+    return _diff_command(report, {**report.swaps, first.site: "reference"})
+
+
+def _diff_command(report: Report, swaps: Mapping[str, str]) -> str:
+    """The command for the same run with other kernels. A text that a line can not hold goes by its tokens."""
+    text = report.prompt_text
+    line = text if text.isprintable() and not text.startswith("-") else ""
+    words = ["llaisys", "diff", report.model, *(("-p", line) if line else ("--tokens", "/dev/stdin"))]
+    words += ["--decode", str(report.decode), "--dtype", report.dtype, "--isa", report.isa]
+    words += ["--threads", str(report.threads)]
+    for site, kernel in swaps.items():
+        words += ["--swap", f"{site}={kernel}"] if kernel != "function" else []
+    library = report.versions.get("library", "") if report.versions.get("override") else ""
+    command = f"LLAISYS_LIBRARY={shlex.quote(library)} " if library else ""
+    command += shlex.join(words)
+    return command if line else f"echo {' '.join(map(str, report.prompt))} | {command}"
 
 
 def _relative(path: str) -> str:

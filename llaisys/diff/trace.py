@@ -16,8 +16,6 @@ import json
 import math
 import os
 import re
-import stat
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Collection, Iterator, Mapping
@@ -29,7 +27,8 @@ import numpy as np
 
 from ..checkpoint import Checkpoint
 from ..errors import CaseError
-from ..reference import DTYPES, SPECS
+from ..files import NewFile, open_regular
+from ..reference import DTYPES, FLOATS, SPECS
 from ..reference.binding import Problem, bind
 from ..reference.numerics import cast
 from .ledger import Array, Entry
@@ -59,9 +58,8 @@ class TraceWriter:
     def __init__(self, path: str | os.PathLike[str], sites: Collection[str]) -> None:
         self.path = Path(path)
         self._sites = frozenset(sites)
-        handle, self._temporary = tempfile.mkstemp(prefix=f".{self.path.name}.", dir=self.path.parent)
-        self._file = os.fdopen(handle, "wb")
-        self._zip = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED, allowZip64=True)
+        self._file = NewFile(path)
+        self._zip = zipfile.ZipFile(self._file.stream, "w", zipfile.ZIP_STORED, allowZip64=True)
         self._blocks: set[str] = set()
         self._nodes: list[tuple[dict[str, Any], Entry]] = []
         self._weights: dict[tuple[str, int], str] = {}
@@ -101,22 +99,17 @@ class TraceWriter:
             ratio = entry.ratio if math.isfinite(entry.ratio) else str(entry.ratio)
             nodes.append({**record, "outcome": entry.outcomes["LOCAL"], "ratio": ratio})
         fields = {"format": FORMAT, "version": VERSION, **header, "weights": self._digests, "nodes": nodes}
-        self._zip.writestr(HEADER, json.dumps(fields))
-        self._zip.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        mask = os.umask(0)
-        os.umask(mask)
-        Path(self._temporary).chmod(0o666 & ~mask)  # mkstemp lets nobody else read it
-        Path(self._temporary).replace(self.path)
+        with self._file.errors():
+            self._zip.writestr(HEADER, json.dumps(fields))
+            self._zip.close()
+        self._file.keep()
 
     def abort(self) -> None:
         """Leave nothing behind. After `close` this does nothing."""
-        if not self._file.closed:
-            with self._file, contextlib.suppress(OSError):  # of a full disk
+        if not self._file.stream.closed:
+            with contextlib.suppress(OSError):  # of a full disk
                 self._zip.close()
-            Path(self._temporary).unlink(missing_ok=True)
+            self._file.discard()
 
     def _array(self, x: Array, state: bool) -> dict[str, Any]:
         x = np.ascontiguousarray(x)
@@ -129,7 +122,8 @@ class TraceWriter:
         name = digest_of(data)
         if name not in self._blocks:
             self._blocks.add(name)
-            self._zip.writestr(name, bytes(data))
+            with self._file.errors():
+                self._zip.writestr(name, bytes(data))
         return name
 
     def _weight(self, name: str, x: Array) -> str:
@@ -186,11 +180,11 @@ class Trace:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        # Without O_NONBLOCK, opening a pipe would wait for somebody to write to it.
-        self._file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+        file = open_regular(path)
+        if file is None:
+            raise self._refuse("file", "a regular file", "another")
+        self._file = file
         try:
-            if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
-                raise self._refuse("file", "a regular file", "another")
             try:
                 self._zip = zipfile.ZipFile(self._file)
             except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
@@ -259,6 +253,8 @@ class Trace:
         for name in _TEXTS:
             if not isinstance(header.get(name), str):
                 raise self._refuse(name, "a text", header.get(name))
+        if header["dtype"] not in FLOATS:
+            raise self._refuse("dtype", list(FLOATS), header["dtype"])
         for name in ("prompt", "tokens"):
             if not _integers(header.get(name)):
                 raise self._refuse(name, "a list of integers from 0", header.get(name))
@@ -339,12 +335,12 @@ class Trace:
         """A weight of the checkpoint in the dtype of the run, if its bits are those of the run."""
         if checkpoint is None or name not in checkpoint.names():
             return None
-        if self._weight[0] != (name, digest):
+        if self._weight[0] != (checkpoint, name, digest):
             dtype = DTYPES[self.header["dtype"]]
             found = checkpoint.tensor(name)
             found = found if found.dtype == dtype else cast(found, dtype)
             same = digest_of(found.reshape(-1).view(np.uint8).data) == digest
-            self._weight = ((name, digest), found if same else None)
+            self._weight = ((checkpoint, name, digest), found if same else None)
         return self._weight[1]
 
     def by_site(self) -> dict[str, list[TracedNode]]:

@@ -158,7 +158,7 @@ class Watch:
     def _param(self, entry: Entry, node: Node) -> bool:
         """PARAM; True if the shapes are wrong, so that nothing else can be said. The length of a cache is a matter of
         STATE."""
-        wiring, messages = entry.wiring, []
+        wiring, messages, row = entry.wiring, [], 0
         misshapen, cached = _misshapen(wiring, node, self._order.rows(node.site), self._dtype)
         if cached:
             entry.outcomes["STATE"] = "fault"
@@ -186,10 +186,11 @@ class Watch:
             entry.inputs[wiring.positions] = positions.copy()
             difference = first_difference(expected_positions, positions)
             if difference:
+                row = difference.index[0] if not messages else 0
                 messages.append(f"{wiring.positions}: expected {begin} and on, {difference}")
         entry.outcomes["PARAM"] = "fault" if messages else "pass"
         if messages:
-            self._fault(entry, "PARAM", "; ".join(messages), node.position)
+            self._fault(entry, "PARAM", "; ".join(messages), node.position + row)
         return bool(misshapen)
 
     def _edge(self, entry: Entry, node: Node) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..checkpoint import Checkpoint
 from ..reference.numerics import cast
-from .bits import first_difference
+from .bits import first_difference, first_nonfinite
 from .origins import explain_weight
 
 #: Bytes of a weight that are read and compared at once.
@@ -28,6 +28,8 @@ class WeightBits:
         self._checkpoint, self._dtype = checkpoint, dtype
         self._found: dict[tuple[Any, ...], str | None] = {}
         self._right: dict[str, np.ndarray[Any, Any]] = {}
+        self._looked: set[str] = set()
+        self.nonfinite = ""  #: the first NaN or infinity that a weight must have, as the checkpoint does
 
     def check(self, name: str, argument: str, array: np.ndarray[Any, Any]) -> str | None:
         """What is wrong with `array` as the weight `name`, None if nothing is."""
@@ -52,11 +54,22 @@ class WeightBits:
         shape = self._checkpoint.shape_of(name)
         if array.shape != shape or array.dtype != self._dtype:
             return f"{argument}: expected {name}, {self._dtype}{list(shape)}, found {array.dtype}{list(array.shape)}"
+        text = self.differs(name, array)
+        return f"{argument}: expected {name} of the checkpoint, found {text}" if text else None
+
+    def differs(self, name: str, array: np.ndarray[Any, Any]) -> str | None:
+        """How an array of the right shape and dtype is other than a weight of the checkpoint, None if it is not."""
+        shape = array.shape
         step = max(1, _BLOCK * shape[0] // max(1, array.nbytes))
         wrong, first = 0, None
+        look = not self.nonfinite and name not in self._looked
+        self._looked.add(name)
         for begin in range(0, shape[0], step):
             end = min(begin + step, shape[0])
             want = self._rows(name, begin, end)
+            if look and (odd := first_nonfinite(want)) is not None:
+                place = ", ".join(map(str, (begin + odd[0], *odd[1:])))
+                self.nonfinite, look = f"{name} of the checkpoint is {want[odd].item()} at [{place}]", False
             difference = first_difference(want, array[begin:end], nan=True)
             if difference is None:
                 continue
@@ -66,10 +79,7 @@ class WeightBits:
         if first is None:
             return None
         origin = self._origin(name, array, first.index[0])
-        return (
-            f"{argument}: expected {name} of the checkpoint, found other bits in {wrong} of {shape[0]} rows, {first}"
-            f"{'; ' if origin else ''}{origin}"
-        )
+        return f"other bits in {wrong} of {shape[0]} rows, {first}{'; ' if origin else ''}{origin}"
 
     def _rows(self, name: str, begin: int, end: int) -> np.ndarray[Any, Any]:
         rows = self._checkpoint.rows(name, begin, end)

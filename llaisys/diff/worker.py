@@ -27,6 +27,7 @@ def main() -> None:
     try:
         from .run import run
 
+        tell("started")  # whatever ends the process from here on is a fault of the library
         report = run(**options, progress=lambda scene, step, site: tell("at", scene, step, site))
         tell("report", report.to_json())
     except (LlaisysError, MemoryError, ImportError, OSError) as error:

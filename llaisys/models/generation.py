@@ -46,23 +46,22 @@ class CachedSequence:
 class SequencePool:
     """The one sequence that a model keeps between calls; a call that comes while it is in use gets a fresh one."""
 
-    def __init__(self, make_session: Callable[[], Session]) -> None:
-        self._make = make_session
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._kept: CachedSequence | None = None
 
     @contextmanager
-    def borrow(self) -> Iterator[CachedSequence]:
+    def borrow(self, make_session: Callable[[], Session]) -> Iterator[CachedSequence]:
         """A sequence that nobody else uses meanwhile."""
         if self._lock.acquire(blocking=False):
             try:
                 if self._kept is None:
-                    self._kept = CachedSequence(self._make())
+                    self._kept = CachedSequence(make_session())
                 yield self._kept
             finally:
                 self._lock.release()
         else:
-            with self._make() as session:
+            with make_session() as session:
                 yield CachedSequence(session)
 
     def clear(self) -> None:

@@ -83,22 +83,33 @@ class NativeModel:
     def session(self) -> NativeSession:
         """A KV cache of its own over the weights, which it keeps alive."""
         handle = check_handle(library().llaisysQwen2SessionCreate(self._handle))
-        return NativeSession(handle, self._vocab_size, self._kernels)
+        lease = _Lease(self._handle) if any(map(callable, self._kernels.values())) else None
+        return NativeSession(handle, self._vocab_size, self._kernels, lease)
 
     def close(self) -> None:
         """Give up the weights; they are freed when the last session is gone too."""
         self._finalizer()
 
 
+class _Lease:
+    """Keeps the weights, by a session that nobody uses. Functions of the caller are given views of them, and may keep
+    these for longer than the model."""
+
+    def __init__(self, model: int | None) -> None:
+        handle = check_handle(library().llaisysQwen2SessionCreate(model))
+        weakref.finalize(self, library().llaisysQwen2SessionDestroy, handle)
+
+
 class NativeSession:
     """A session of the C API."""
 
-    def __init__(self, handle: int, vocab_size: int, kernels: Mapping[str, Kernel]) -> None:
+    def __init__(self, handle: int, vocab_size: int, kernels: Mapping[str, Kernel], lease: _Lease | None) -> None:
         self._handle = handle
         self._vocab_size = vocab_size
         self._finalizer = weakref.finalize(self, library().llaisysQwen2SessionDestroy, handle)
-        self._kernels = kernels
+        self._kernels, self._lease = kernels, lease
         self._tap: _Tap | None = None
+        self._callback: Any = None
         self.observe(None)
 
     @property
@@ -123,31 +134,38 @@ class NativeSession:
 
     def observe(self, observer: Observer | None) -> None:
         """Show nodes to `observer`. Without one, and without foreign kernels, the engine runs without a tap."""
-        tap = _Tap(self._kernels, observer) if self._kernels or observer else None
-        callback = tap.callback if tap else _NO_TAP
-        check_call(library().llaisysQwen2SessionSetTap(self._handle, callback, None))
-        self._tap = tap  # only now: the engine may call the one before until it has the new one
+        tap = _Tap(self._kernels, observer, self._lease) if self._kernels or observer else None
+        callback = tap.callback() if tap else None
+        passed = TapCallback.from_buffer_copy(callback) if callback else _NO_TAP
+        check_call(library().llaisysQwen2SessionSetTap(self._handle, passed, None))
+        self._tap, self._callback = tap, callback  # only now: the engine may call the one before until it has this one
 
     def close(self) -> None:
         """Free the cache."""
         self._finalizer()
+        self._lease = None
 
 
 class _Tap:
-    """The C callback of a session, and the exception that ended a pass.
+    """What the C callback of a session does, and the exception that ended a pass.
 
-    It is the `send` of a generator, for the reason that `_lib` has for its interrupt callback: a signal handler may
-    raise as soon as Python code is entered, which in a function is before any `try`, and ctypes would drop that.
+    The callback is the `send` of a generator, for the reason that `_lib` has for its interrupt callback: a signal
+    handler may raise as soon as Python code is entered, which in a function is before any `try`, and ctypes would drop
+    that.
     """
 
-    def __init__(self, kernels: Mapping[str, Kernel], observer: Observer | None) -> None:
+    def __init__(self, kernels: Mapping[str, Kernel], observer: Observer | None, lease: _Lease | None) -> None:
         self._kernels, self._observer = kernels, observer
+        # Weak, as a session that is closed keeps no weights.
+        self._lease: Callable[[], _Lease | None] = (lambda: None) if lease is None else weakref.ref(lease)
         self._functions: dict[str, Callable[..., Any]] = {}
         self._errors: list[BaseException] = []
+
+    def callback(self) -> Any:
+        """The function for C. It keeps this object, which must not keep it: a circle would have to be collected."""
         loop = _answers(self._show, self._errors)
         next(loop)
-        self._callback = _OneArgument(loop.send)
-        self.callback = ctypes.cast(self._callback, TapCallback)
+        return _OneArgument(loop.send)
 
     def reraise(self) -> None:
         """Raise what ended the pass, if anything did."""
@@ -159,13 +177,16 @@ class _Tap:
         site, op = c_node.site.decode(), c_node.op.decode()
         kernel = self._kernels.get(site)
         if kernel is not None:
-            node = _make_node(c_node, site, op)
+            node = self._node(c_node, site, op)
             function = self._functions.get(site)
             if function is None:
                 function = self._functions[site] = kernel_function(kernel, op)
             overwrite(node, function(*node.inputs.values(), *node.scalars.values()))
         if self._observer is not None:
-            self._observer(site, op, lambda: _make_node(c_node, site, op))
+            self._observer(site, op, lambda: self._node(c_node, site, op))
+
+    def _node(self, c_node: LlaisysNode, site: str, op: str) -> Node:
+        return _make_node(c_node, site, op, self._lease())
 
 
 def _answers(show: Callable[[int], None], errors: list[BaseException]) -> Generator[int, int, None]:
@@ -184,8 +205,8 @@ def _answers(show: Callable[[int], None], errors: list[BaseException]) -> Genera
             answer = 1
 
 
-def _make_node(node: LlaisysNode, site: str, op: str) -> Node:
-    """The node with views of the engine's memory; only the outputs can be written to."""
+def _make_node(node: LlaisysNode, site: str, op: str, owner: object) -> Node:
+    """The node with views of the engine's memory, which keep `owner`; only the outputs can be written to."""
     if op not in SPECS:
         raise InternalError(f"{site}: expected an operator, found {op!r}")
     spec = SPECS[op]
@@ -195,7 +216,7 @@ def _make_node(node: LlaisysNode, site: str, op: str) -> Node:
     outputs: dict[str, Array] = {}
     for i, arg in enumerate(spec.args):
         pointer = node.args[i]
-        array = _view(pointer.contents) if pointer else None
+        array = _view(pointer.contents, owner) if pointer else None
         if arg.role == "in":
             if array is not None:
                 array.flags.writeable = False
@@ -206,7 +227,7 @@ def _make_node(node: LlaisysNode, site: str, op: str) -> Node:
     return Node(site, op, node.position, inputs, scalars, outputs)
 
 
-def _view(tensor: LlaisysTensor) -> Array:
+def _view(tensor: LlaisysTensor, owner: object) -> Array:
     dtype = DataType(tensor.dtype).numpy
     shape = tuple(tensor.shape[: tensor.ndim])
     if 0 in shape:
@@ -215,4 +236,6 @@ def _view(tensor: LlaisysTensor) -> Array:
     if tensor.data is None or min(strides, default=0) < 0:
         raise StateError("expected a tensor of the engine, found one without memory or with negative strides")
     size = dtype.itemsize + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-    return np.ndarray(shape, dtype, (ctypes.c_char * size).from_address(tensor.data), 0, strides)
+    memory = (ctypes.c_char * size).from_address(tensor.data)
+    memory.owner = owner
+    return np.ndarray(shape, dtype, memory, 0, strides)

@@ -150,7 +150,10 @@ def kernel_function(kernel: Kernel, op: str) -> Callable[..., Any]:
 
 
 class _Checked:
-    """A kernel of the caller, of which the results must have the shapes and dtypes that the SPEC says."""
+    """A kernel of the caller, of which the results must have the shapes and dtypes that the SPEC says.
+
+    It may keep what it gets and what it gives: its inputs and results are copied, but for weights, which never change.
+    """
 
     def __init__(self, kernel: Callable[..., Any], spec: Spec) -> None:
         self.kernel, self.spec = kernel, spec
@@ -159,13 +162,22 @@ class _Checked:
         spec, count = self.spec, len(self.spec.inputs_args)
         inputs = {a.name: x for a, x in zip(spec.inputs_args, args[:count], strict=True)}
         scalars = {s.name: x for s, x in zip(spec.scalars, args[count:], strict=True)}
-        results = as_outputs(spec, self.kernel(*args))
+        own = (_own(name, x) for name, x in inputs.items())
+        results = as_outputs(spec, self.kernel(*own, *scalars.values()))
         metas = {name: None if x is None else describe(x) for name, x in (inputs | results).items()}
         bound = bind(spec, metas, scalars)
         if isinstance(bound, Problem):
             raise getattr(errors, _STATUS_ERRORS[bound.status])(f"kernel of {bound.message}")
-        arrays = tuple(np.ascontiguousarray(x) if x.flags.writeable else x.copy() for x in results.values())
+        arrays = tuple(np.array(x, order="C") for x in results.values())
         return arrays if len(arrays) > 1 else arrays[0]
+
+
+def _own(name: str, x: Array | None) -> Array | None:
+    if x is None or name not in ("weight", "bias"):
+        return None if x is None else x.copy()
+    weight = x.view()
+    weight.flags.writeable = False
+    return weight
 
 
 _STATUS_ERRORS = {"SHAPE": "ShapeError", "DTYPE": "DTypeError", "INVALID_ARGUMENT": "InvalidArgumentError"}

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
@@ -53,8 +53,8 @@ class Qwen2:
         kernels: which implementation computes which nodes: {"rope": "reference", "layers.3.*": function}. Keys are
             names of operators, sites, or globs over sites (the leading "model." may be left out); a site goes
             before a glob, a glob before an operator. Values are "native", "reference", or a function with the
-            signature of the operator's twin. The native engine computes such a node too, and then takes the result
-            of the other.
+            signature of the operator's twin. It may keep the arrays that it is given; weights are read-only. The
+            native engine computes such a node too, and then takes the result of the other.
         progress: called with (bytes loaded, bytes of all weights) while weights are loaded, on this thread. What it
             raises ends the loading.
 
@@ -99,7 +99,7 @@ class Qwen2:
         else:
             self._backend = ReferenceModel(self.config, FLOATS[self.dtype], chosen)
         self._backend.load(checkpoint, progress)
-        self._sequences = SequencePool(self.session)
+        self._sequences = SequencePool()
 
     @property
     def path(self) -> Path:
@@ -159,7 +159,8 @@ class Qwen2:
         `seed` makes a draw repeatable. `streamer` is an object with put(ids) and end(), which gets the prompt first, or
         a function that is called with each new id.
 
-        The sequence is kept: a prompt that begins like the last one computes only the rest, to the same bits.
+        The sequence is kept: a prompt that begins like the last one computes only the rest, with the native
+        backend to the same bits.
 
         Raises InvalidArgumentError for an empty prompt, one longer than max_position_embeddings, and numbers out of
         range, IndexRangeError for a token outside the vocabulary.
@@ -186,7 +187,7 @@ class Qwen2:
         self._check_open()
         listener.prompt(tokens)
         if budget:
-            with self._sequences.borrow() as sequence:
+            with self._sequences.borrow(self.session) as sequence:
                 self._continue(sequence, tokens, budget, sampler, ends, listener)
         listener.end()
         return tokens
@@ -252,6 +253,12 @@ class Qwen2:
 
     def __exit__(self, *details: object) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise UnsupportedError(
+            "a model cannot be copied, pickled or sent to another process; open the folder again there: "
+            f"Qwen2({str(self.path)!r})"
+        )
 
     def __repr__(self) -> str:
         config = self.config

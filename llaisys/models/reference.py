@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 from typing import cast as typed
 
@@ -28,8 +29,7 @@ class ReferenceModel:
 
     def __init__(self, config: Qwen2Config, dtype: np.dtype[Any], kernels: Mapping[str, Kernel]) -> None:
         self._config, self._dtype = config, dtype
-        self._kernels = kernels
-        self._functions: dict[str, Callable[..., Any]] = {}
+        self._op = partial(_op, kernels, {})
         self._weights: dict[str, Array] = {}
         self._model: qwen2.Qwen2 | None = None
         self._lock = threading.Lock()
@@ -65,11 +65,15 @@ class ReferenceModel:
         """Give up the weights; they are freed when the last session is gone too."""
         self._model, self._weights = None, {}
 
-    def _op(self, site: str, op: str) -> Callable[..., Any]:
-        function = self._functions.get(site)
-        if function is None:
-            function = self._functions[site] = kernel_function(self._kernels.get(site, "reference"), op)
-        return function
+
+def _op(
+    kernels: Mapping[str, Kernel], functions: dict[str, Callable[..., Any]], site: str, op: str
+) -> Callable[..., Any]:
+    """No method: the numpy model keeps it, and must not keep its owner."""
+    function = functions.get(site)
+    if function is None:
+        function = functions[site] = kernel_function(kernels.get(site, "reference"), op)
+    return function
 
 
 class ReferenceSession:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
 from ..config import Qwen2Config
-from ..errors import DTypeError, IndexRangeError, InvalidArgumentError, ShapeError, StateError
+from ..errors import DTypeError, IndexRangeError, InvalidArgumentError, ShapeError, StateError, UnsupportedError
 from .nodes import Array, Node, overwrite, select
 
 #: Shown every node that somebody watches: site, operator, and a function that makes the node, its arrays being views.
@@ -94,36 +93,39 @@ class Tap:
 
 class _Watchers:
     """The taps of a session. The engine holds this and not the session, so that nothing refers to itself in a circle
-    and a session is freed as soon as nobody has it."""
+    and a session is freed as soon as nobody has it.
 
-    def __init__(self, engine: Engine) -> None:
+    Taps come and go at any time, in the midst of a pass too; the engine is told before the next one only.
+    """
+
+    def __init__(self) -> None:
         self.taps: tuple[Tap, ...] = ()
-        self._engine = weakref.ref(engine)
+        self._lock = threading.Lock()
+        self._told = False
 
     def add(self, tap: Tap) -> Tap:
-        if not self.taps:
-            self._tell(self.show)
-        self.taps += (tap,)
+        with self._lock:
+            self.taps += (tap,)
         return tap
 
     def remove(self, tap: Tap) -> None:
-        if tap not in self.taps:
-            return
-        self.taps = tuple(other for other in self.taps if other is not tap)
-        if not self.taps:
-            self._tell(None)
+        with self._lock:
+            self.taps = tuple(other for other in self.taps if other is not tap)
 
-    def _tell(self, observer: Observer | None) -> None:
-        engine = self._engine()
-        if engine is not None:
-            engine.observe(observer)
+    def tell(self, engine: Engine) -> None:
+        """Have the engine show its nodes if there is a tap, and run without one if there is none."""
+        wanted = bool(self.taps)
+        if wanted != self._told:
+            engine.observe(self.show if wanted else None)
+            self._told = wanted
 
     def show(self, site: str, op: str, make: Callable[[], Node]) -> None:
         wanted = [tap for tap in self.taps if tap.sites is None or site in tap.sites]
         if wanted:
             node = make()
             for tap in wanted:
-                tap.show(node)
+                if tap in self.taps:  # the one before may have removed it
+                    tap.show(node)
 
 
 class Session:
@@ -138,7 +140,7 @@ class Session:
         self._engine = engine
         self._config = config
         self._sites = sites
-        self._watchers = _Watchers(engine)
+        self._watchers = _Watchers()
         self._busy = threading.Lock()
         self._closed = False
 
@@ -170,6 +172,7 @@ class Session:
                 )
             if not len(tokens):
                 return np.empty((0, config.vocab_size), np.float32)
+            self._watchers.tell(self._engine)
             return self._engine.forward(tokens, int(count))
         finally:
             self._busy.release()
@@ -196,7 +199,7 @@ class Session:
         `sites` are names of operators, sites, or globs over sites ("layers.3.*"). With `copy=False` the arrays of the
         node are views that are valid during the call only; the outputs may then be written to, and the pass goes on
         with what was written. What the callback raises ends the pass and is raised by `forward`. What it returns is
-        ignored; see `hook`.
+        ignored; see `hook`. A callback may make and remove taps, its own too; that holds from the next node on.
         """
         return self._watch(callback, sites, copy, replace=False)
 
@@ -218,6 +221,12 @@ class Session:
     def __exit__(self, *details: object) -> None:
         self.close()
 
+    def __reduce__(self) -> NoReturn:
+        raise UnsupportedError(
+            "a session cannot be copied, pickled or sent to another process; make one with model.session() and give it "
+            "the same tokens"
+        )
+
     def __repr__(self) -> str:
         return "<Session, closed>" if self._closed else f"<Session of {self._engine.length} tokens>"
 
@@ -230,8 +239,8 @@ class Session:
         chosen: frozenset[str] | None = None  # whatever the engine shows
         if patterns is not None:
             chosen = frozenset(site for some in select("sites", patterns, self._sites).values() for site in some)
-        with self._exclusive():
-            return self._watchers.add(Tap(self._watchers, callback, chosen, copy, replace))
+        self._check_open()
+        return self._watchers.add(Tap(self._watchers, callback, chosen, copy, replace))
 
     def _check_open(self) -> None:
         if self._closed:

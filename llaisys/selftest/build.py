@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from .._processes import worker_command, worker_environment
 from ..errors import InvalidArgumentError, LibraryError
 
 #: What a build of the library reads.
@@ -102,11 +102,11 @@ class Builder:
 
     def prepare(self, options: tuple[str, ...] = ()) -> Path:
         """Configure and build the copy without a fault; returns the library, which is the clean control."""
-        environment = dict(os.environ)
+        environment = worker_environment()
         if self._compiler:
             environment["CC"], environment["CXX"] = self._compiler
         # By way of this interpreter: its environment may not be activated.
-        meson = [sys.executable, "-m", "mesonbuild.mesonmain"]
+        meson = worker_command("mesonbuild.mesonmain")
         environment.setdefault("NINJA", _ninja())
         self._run([*meson, "setup", str(self._build), str(self.tree), "-Dwerror=false", *options], environment)
         return self._make()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..diff.ledger import UNTAPPED
 from .build import Patch
 from .mutant import Mutant
 
@@ -153,6 +154,24 @@ ENGINE = (
             ),
         ),
         layered=False,
+    ),
+    Mutant(
+        "layers-together",
+        "the last feature of the second of several layers in one call is lost",
+        (UNTAPPED,),
+        ("REPEAT",),
+        (
+            Patch(
+                "kernels/ops/linear.cpp",
+                "        if (group.count > 0) run_linear(group);\n",
+                "        if (group.count > 0) run_linear(group);\n"
+                "        for (int64_t row = 0; MUTANT && group.count > 1 && row < x->shape[0]; ++row) {\n"
+                "            const LlaisysTensor &t = *layers.begin()[1].out;\n"
+                "            const int64_t size = dtype_size(t.dtype), last = row * t.strides[0] + t.shape[1] - 1;\n"
+                "            std::fill_n(static_cast<char *>(t.data) + last * size, size, char(0));\n"
+                "        }\n",
+            ),
+        ),
     ),
     Mutant(
         "head-of-another-row",

@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shutil
+import signal
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .._lib import OVERRIDE, isas
-from ..errors import LibraryError
+from .._processes import start_worker, worker_command, worker_environment
+from ..conformance import signal_name
+from ..diff.ledger import UNTAPPED
+from ..errors import InternalError
 from ..models import Qwen2
 from .build import Builder
 from .mutant import Mutant
 from .mutants import LEGAL, MUTANTS
+from .worker import RUNNING
 
 _PROMPTS = ('def fibonacci(n):\n    """Return', "class Stack:\n    def __init__(self, items=()):\n        self.items =")
 #: Seconds that a library may take for one job: a fault may hang.
 _PATIENCE = 120.0
+#: How a process dies of what it computes. Others, SIGKILL for want of memory among them, come from outside.
+_CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT)
 
 Progress = Callable[[str, int, int], None]
 
@@ -72,7 +77,7 @@ def expected_sites(mutant: Mutant, job: dict[str, Any]) -> set[str]:
     layers, wrong = job["layers"], job["layer"]
     found = set()
     for name in mutant.sites:
-        if name.startswith(("model.", "lm_head")):
+        if name.startswith(("model.", "lm_head")) or name == UNTAPPED:
             found.add(name)
             continue
         layer = max(wrong, 0) + name.startswith("+")
@@ -140,7 +145,8 @@ class Jobs:
 def run(plan: Plan, source: Path, *, workers: int = 2, progress: Progress | None = None) -> list[Case]:
     """Build every fault and the controls from the tree `source`, run them, and return all cases with their answers.
 
-    LibraryError if something does not compile, InvalidArgumentError where a patch no longer fits the sources.
+    LibraryError if something does not compile, InvalidArgumentError where a patch no longer fits the sources,
+    InternalError where a process could not run what it was asked to: nothing is known of the fault then.
     """
     jobs = Jobs(plan)
     with tempfile.TemporaryDirectory(prefix="llaisys-selftest-") as name, ThreadPoolExecutor(workers) as pool:
@@ -156,31 +162,41 @@ def run(plan: Plan, source: Path, *, workers: int = 2, progress: Progress | None
         total = sum(len(some) for _, _, some in libraries)
         patches = {mutant.name: mutant.patches for mutant in (*plan.mutants, *LEGAL)}
         futures: list[Future[list[Case]]] = []
-        done = itertools.count(1)
+        done, stopped = itertools.count(1), threading.Event()
 
         def finished(case: Case) -> None:
             if progress is not None:
                 progress(case.library, next(done), total)
 
-        for mutant, label, some in libraries:
-            library = folder / f"{label}.so"
-            if label in patches:
-                builder.mutate(patches[label], library)
-            cases = [Case(mutant, label, job) for job in some]
-            futures.append(pool.submit(_answer, library, cases, finished))
+        try:
+            for mutant, label, some in libraries:
+                library = folder / f"{label}.so"
+                if label in patches:
+                    builder.mutate(patches[label], library)
+                cases = [Case(mutant, label, job) for job in some]
+                futures.append(pool.submit(_answer, library, cases, finished, stopped))
+                for future in futures:
+                    if future.done():
+                        future.result()
+            for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+                future.result()
+        except BaseException:
+            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
         return [case for future in futures for case in future.result()]
 
 
-def _answer(library: Path, cases: list[Case], finished: Callable[[Case], None]) -> list[Case]:
+def _answer(library: Path, cases: list[Case], finished: Callable[[Case], None], stopped: threading.Event) -> list[Case]:
     """Runs the cases in worker processes: a new one after a crash, or after one that did not answer in time."""
     left = list(cases)
-    while left:
+    while left and not stopped.is_set():
         worker = _Worker(library)
         try:
-            while left:
+            while left and not stopped.is_set():
                 left[0].answer = worker.ask(left[0].job)
                 finished(left.pop(0))
-        except TimeoutError as error:
+        except _Crash as error:
             left[0].answer = {"error": str(error)}
             finished(left.pop(0))
         finally:
@@ -197,38 +213,75 @@ def _answer(library: Path, cases: list[Case], finished: Callable[[Case], None]) 
 
 def _check(library: Path, op: str, dtype: str) -> bool:
     """Whether `llaisys check` finds a fault in the operator."""
-    command = [sys.executable, "-m", "llaisys", "check", op, "--dtype", dtype]
-    done = subprocess.run(command, env=os.environ | {OVERRIDE: str(library)}, capture_output=True, check=False)
-    if done.returncode not in (0, 1, 2):
-        raise LibraryError(f"llaisys check {op}: expected an exit status of 0, 1 or 2, found {done.returncode}")
-    return done.returncode == 1
+    command = worker_command("llaisys", "check", op, "--dtype", dtype, "--json", "-")
+    environment = worker_environment(**{OVERRIDE: str(library)})
+    done = subprocess.run(command, env=environment, capture_output=True, check=False)
+    try:
+        results = json.loads(done.stdout)
+    except ValueError:
+        raise InternalError(
+            f"{library.stem}: llaisys check {op}: expected results, found exit status {done.returncode}"
+            f"{_last_line(done.stderr)}"
+        ) from None
+    return any(result["outcome"] == "fault" for result in results)
+
+
+def _last_line(stderr: bytes) -> str:
+    lines = stderr.decode(errors="replace").split("\n")
+    return next((f": {line.strip()}" for line in reversed(lines) if line.strip()), "")
+
+
+class _Crash(Exception):
+    """The library ended the process in the midst of a job, or did not come to an end with it."""
 
 
 class _Worker:
     def __init__(self, library: Path) -> None:
-        command = [sys.executable, "-m", "llaisys.selftest.worker"]
-        environment = os.environ | {OVERRIDE: str(library)}
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, text=True)
+        self._library = library.stem
+        # Not a pipe, which may be full before anybody reads it.
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `end`)
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._stderr}
+        environment = {OVERRIDE: str(library)}
+        self._process = start_worker("llaisys.selftest.worker", environment=environment, text=True, **pipes)
 
     def ask(self, job: dict[str, Any]) -> dict[str, Any]:
-        process = self._process
+        """The answer to a job. `_Crash` if the library is why there is none; if it had not begun to compute, or the
+        process ended in another way, InternalError."""
+        process, late = self._process, threading.Event()
         assert process.stdin is not None and process.stdout is not None
-        timer = threading.Timer(_PATIENCE, process.kill)
+
+        def give_up() -> None:
+            late.set()
+            process.kill()
+
+        timer = threading.Timer(_PATIENCE, give_up)
         timer.start()
+        running, line = False, ""
         try:
             process.stdin.write(json.dumps(job) + "\n")
             process.stdin.flush()
             line = process.stdout.readline()
+            if line == RUNNING:
+                running, line = True, process.stdout.readline()
         except BrokenPipeError:
-            line = ""
+            pass
         finally:
             timer.cancel()
-        if not line:
-            raise TimeoutError(f"the process ended or gave no answer for {_PATIENCE:g} s (status {process.wait()})")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        if line.endswith("\n"):
+            answer: dict[str, Any] = json.loads(line)
+            return answer
+        status = process.wait()
+        if late.is_set():
+            how = f"gave no answer for {_PATIENCE:g} s"
+        else:
+            how = f"died of {signal_name(-status)}" if status < 0 else f"ended with status {status}"
+        if running and (late.is_set() or -status in _CRASHES):
+            raise _Crash(f"the process {how}")
+        self._stderr.seek(0)
+        when = "in the midst of a job" if running else "before the library had anything to compute"
+        raise InternalError(f"{self._library}: the process {how} {when}{_last_line(self._stderr.read())}")
 
     def end(self) -> None:
         self._process.kill()
         self._process.communicate()
+        self._stderr.close()
