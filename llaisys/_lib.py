@@ -10,6 +10,7 @@ import ctypes
 import importlib.resources
 import operator
 import os
+import re
 import threading
 from collections.abc import Generator
 from contextlib import ExitStack
@@ -233,7 +234,8 @@ def operator_of_file(spec: Spec, path: str | os.PathLike[str], name: object = No
     own = operator_by_address(spec)  # first, as the other library may be linked with this one
     name = path if name is None else name
     try:
-        function = operator_by_address(spec, ctypes.CDLL(str(Path(path).absolute())))
+        lib = ctypes.CDLL(str(Path(path).absolute()))
+        function = operator_by_address(spec, lib)
     except OSError as error:
         raise LibraryError(f"{name} cannot be loaded: expected a shared library, found: {error}") from None
     except AttributeError:
@@ -242,8 +244,27 @@ def operator_of_file(spec: Spec, path: str | os.PathLike[str], name: object = No
     if ctypes.cast(function, c_void_p).value == ctypes.cast(own, c_void_p).value and not Path(path).samefile(
         library_path()[0]
     ):
-        raise LibraryError(f"{name}: expected the function {spec.c_prototype} found no {spec.c_name}")
+        found = _instead(spec, lib, path)
+        raise LibraryError(f"{name}: expected the function {spec.c_prototype} found no {spec.c_name}{found}")
     return function
+
+
+def _instead(spec: Spec, lib: ctypes.CDLL, path: str | os.PathLike[str]) -> str:
+    """What a library that lacks the operator may have meant for it, for the error: "" if there is nothing."""
+    from .reference import SPECS
+
+    # The name as C++ compiles it: with its length before it and its parameters behind.
+    mangled = rf"_Z{len(spec.c_name)}{spec.c_name}\w+".encode()
+    found = [match.decode() for match in re.findall(mangled, Path(path).read_bytes()) if hasattr(lib, match.decode())]
+    if found:
+        return f', but {found[0]}: it wants extern "C"'
+    others = [other.c_name for other in SPECS.values() if _has_own(lib, other.c_name)]
+    return f", but {', '.join(others)}" if others else ""
+
+
+def _has_own(lib: ctypes.CDLL, name: str) -> bool:
+    own, found = (ctypes.cast(x[name], c_void_p).value if hasattr(x, name) else None for x in (library(), lib))
+    return found not in (None, own)
 
 
 def _function(lib: ctypes.CDLL, path: Path, name: str, restype: Any, argtypes: tuple[Any, ...]) -> Any:

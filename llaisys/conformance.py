@@ -3,15 +3,18 @@
 A case is a valid call of the SPEC (`reference.spec.calls`). It is made on memory that ends at a page which may not be
 touched, with outputs full of NaN, and certified (`llaisys.certify`); where f32 computes exactly, the result must be y
 rounded, bit for bit. Then the same bits must come out of every layout, whatever the outputs held before, with any
-number of threads, in place, and of each row alone.
+number of threads, in place, and of each row alone. Behind the cases come calls of sizes beyond any block, one on other
+contents of the same memory, and two from two threads at once.
 """
 
 from __future__ import annotations
 
 import ctypes
 import faulthandler
+import mmap
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -26,21 +29,42 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ._fenv import FloatState
 from ._lib import operator_of_file
 from ._processes import interrupts_blocked, unblock_interrupts
 from .certify import Local, certify
 from .errors import FileError, InternalError, InvalidArgumentError, LibraryError, LlaisysError
-from .harness import LAYOUTS, POISONS, THREADS, Array, Guarded, KernelFault, Refusal, replaced, run, same_bits, using
-from .reference import SPECS, Oracle, Spec, check
+from .harness import (
+    LAYOUTS,
+    POISONS,
+    THREADS,
+    TOLD,
+    Array,
+    Guarded,
+    KernelFault,
+    Refusal,
+    Standing,
+    replaced,
+    run,
+    same_bits,
+    tell_to,
+    using,
+)
+from .reference import FLOATS, SPECS, Oracle, Spec, check
 from .reference.numerics import f32
-from .reference.spec import arg_dtype, calls, dims_label, shape_letters
+from .reference.spec import arg_dtype, calls, dims_label, seeded_inputs, shape_letters
 
 __all__ = ["Job", "Result", "conformance", "plan", "tiers"]
 
 #: Seconds after which a case that does not end is a fault, and crashes after which an operator is given up.
 TIMEOUT, CRASHES = 60.0, 3
-#: Rows of a case that are run alone, and times that the call shared by threads is repeated.
-ROWS, REPEATS = 3, 3
+#: What a process does before its first case.
+LOADING = "loading the library"
+#: Rows of a case that are run alone: of every position in a block of so many. Times that the call shared by threads is
+#: repeated.
+ROWS, REPEATS = 16, 3
+#: Seconds for which calls come from two threads at once: of the library, and of a kernel of somebody's own.
+SECONDS, SECONDS_OWN = 0.03, 0.15
 
 
 @dataclass(frozen=True)
@@ -110,7 +134,12 @@ class Job:
         """Tier, label, and what to call for the result."""
         with ExitStack() as stack:
             if self.kernel is not None:
+                state = FloatState()
                 stack.enter_context(replaced(SPECS[self.op], operator_of_file(SPECS[self.op], self.kernel)))
+                if changed := state.restore():
+                    text = f"loading it left the floating-point state of the thread changed: {changed}"
+                    result = Result(self.op, self.dtype, self.isas[0], LOADING, Local("pass"), text)
+                    yield self.isas[0], LOADING, partial(replace, result)
             yield from self._cases()
 
     def _cases(self) -> Iterator[tuple[str, str, Callable[[], Result]]]:
@@ -119,14 +148,30 @@ class Job:
         for number, (label, _, values) in enumerate(calls(spec, self.dtype)):
             for isa in self.isas:
                 yield isa, label, partial(self.examine, isa, label, values, label in exact, number)
-        if spec.shared:
-            rng = np.random.default_rng(1)
-            values = spec.inputs(spec, rng, spec.shared, spec.dtypes[self.dtype])
+        for number, dims in enumerate(spec.large if self.dtype in FLOATS else ()):
+            values = seeded_inputs(spec, self.dtype, label := dims_label(dims), dims)
             for isa in self.isas:
-                yield isa, f"{dims_label(spec.shared)}, shared by threads", partial(self.share, isa, values)
+                yield isa, label, partial(self.examine, isa, label, values, False, number, large=True)
+        if not spec.shared:
+            return
+        values, *others = (
+            spec.inputs(spec, np.random.default_rng(seed), dims, spec.dtypes[self.dtype])
+            for seed, dims in ((1, spec.shared), (2, spec.shared), (3, max(spec.cases, key=_size)))
+        )
+        sizes, isa = dims_label(spec.shared), self.isas[-1]
+        for tier in self.isas:
+            label = f"{sizes}, shared by threads"
+            yield tier, label, partial(self.share, tier, label, values)
+        if self.dtype in FLOATS:  # what a kernel keeps between its calls is seldom of one tier or size of elements
+            label = f"{sizes}, on other contents"
+            yield isa, label, partial(self.refill, isa, label, values, others[0])
+            label = f"{sizes}, from two threads"
+            yield isa, label, partial(self.at_once, isa, label, values, others)
 
-    def examine(self, isa: str, label: str, values: Mapping[str, Any], exact: bool, number: int) -> Result:
-        """One case of the SPEC."""
+    def examine(
+        self, isa: str, label: str, values: Mapping[str, Any], exact: bool, number: int, large: bool = False
+    ) -> Result:
+        """One case of the SPEC; of a `large` one fewer of the other ways to make the call."""
         spec, outputs = SPECS[self.op], None
         local, refused = Local("pass"), list[str]()
         try:
@@ -134,7 +179,7 @@ class Job:
                 outputs = run(spec, values, "the call", allocate=Guarded())
                 local = self.certify(values, outputs, exact)
                 if local.outcome == "pass":
-                    refused = self.variants(spec, values, outputs, number)
+                    refused = self.variants(spec, values, outputs, number, large)
         except Refusal as refusal:
             return Result(self.op, self.dtype, isa, label, local, refused=str(refusal))
         except KernelFault as fault:
@@ -162,11 +207,13 @@ class Job:
                     local = replace(local, index=verdict.index, got=verdict.got, expected=verdict.expected)
         return local
 
-    def variants(self, spec: Spec, values: Mapping[str, Any], outputs: Sequence[Array], number: int) -> list[str]:
+    def variants(
+        self, spec: Spec, values: Mapping[str, Any], outputs: Sequence[Array], number: int, large: bool
+    ) -> list[str]:
         """Other ways to make the call, which must give the same bits: KernelFault if one does not. Returned is what a
         kernel of somebody's own does not take."""
         refused: list[str] = []
-        for i, layout in enumerate(LAYOUTS):
+        for i, layout in enumerate(LAYOUTS[1:2] if large else LAYOUTS):
             title, poison = f"layout {layout}", POISONS[1 - i % 2]
             with _noting(refused), using(threads=self.threads[(number + i) % len(self.threads)]):
                 _same(spec, title, run(spec, values, title, layout, Guarded(at_start=True), poison), outputs)
@@ -175,15 +222,15 @@ class Job:
                 title = f"{out.name} in the memory of {source}"
                 with _noting(refused):
                     _same(spec, title, run(spec, values, title, in_place={out.name: source}), outputs)
-        for row, alone in _rows(spec, values, outputs):
+        for row, alone in _rows(spec, values, outputs, 0 if large else ROWS):
             title = f"row {row} alone"
             with _noting(refused):
                 _same(spec, title, run(spec, alone, title), [x[row : row + 1] for x in outputs])
         return refused
 
-    def share(self, isa: str, values: Mapping[str, Any]) -> Result:
+    def share(self, isa: str, label: str, values: Mapping[str, Any]) -> Result:
         """A call that is large enough for several threads: certified, and the same bits for any number of them."""
-        spec, label, first = SPECS[self.op], f"{dims_label(SPECS[self.op].shared)}, shared by threads", None
+        spec, first = SPECS[self.op], None
         local = Local("pass")
         try:
             with using(isa):
@@ -200,6 +247,41 @@ class Job:
         except KernelFault as fault:
             return self.result(isa, label, values, first, local, str(fault))
         return self.result(isa, label, values, first, local)
+
+    def refill(self, isa: str, label: str, values: Mapping[str, Any], others: Mapping[str, Any]) -> Result:
+        """A call repeated after the contents of its tensors were replaced where they are: the bits of a fresh call."""
+        spec, outputs, local = SPECS[self.op], None, Local("pass")
+        try:
+            with using(isa, self.threads[0]):
+                call = Standing(spec, values)
+                before = call("the call")
+                outputs = run(spec, others, "a call on other contents")
+                local = self.certify(others, outputs)
+                turns = ((others, outputs), (values, before)) if local.outcome == "pass" else ()
+                for contents, expected in turns:
+                    call.fill(contents)
+                    _same(spec, "depends on an earlier call on the same addresses", call("the call again"), expected)
+        except Refusal as refusal:
+            return Result(self.op, self.dtype, isa, label, local, refused=str(refusal))
+        except KernelFault as fault:
+            return self.result(isa, label, others, outputs, local, str(fault))
+        return self.result(isa, label, others, outputs, local)
+
+    def at_once(self, isa: str, label: str, values: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> Result:
+        """A call by one thread while another makes other calls: the bits of each by itself."""
+        spec, local = SPECS[self.op], Local("pass")
+        counts = self.threads[:2]
+        seconds = (SECONDS if self.kernel is None else SECONDS_OWN) / len(counts)
+        try:
+            for threads in counts:
+                with using(isa, threads):
+                    calls = [[Standing(spec, x) for x in turns] for turns in ([values], others)]
+                    _at_once(spec, [[(call, call("the call")) for call in turns] for turns in calls], seconds)
+        except Refusal as refusal:
+            return Result(self.op, self.dtype, isa, label, local, refused=str(refusal))
+        except KernelFault as fault:
+            return self.result(isa, label, values, None, local, str(fault))
+        return self.result(isa, label, values, None, local)
 
     def result(
         self, isa: str, label: str, values: Mapping[str, Any], outputs: Any, local: Local, message: str = ""
@@ -248,15 +330,50 @@ def _same(spec: Spec, title: str, found: Sequence[Array], expected: Sequence[Arr
             )
 
 
-def _rows(spec: Spec, values: Mapping[str, Any], outputs: Sequence[Array]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The first, a middle and the last row of a call with several, each as a call of its own."""
+def _at_once(spec: Spec, callers: Sequence[Sequence[tuple[Standing, tuple[Array, ...]]]], seconds: float) -> None:
+    """The calls of each caller in turns, over and over, on a thread of its own. KernelFault if one gives other bits
+    than those beside it."""
+    title, found = "called from two threads at once", list[BaseException]()
+    start = threading.Barrier(len(callers))
+
+    def repeat(turns: Sequence[tuple[Standing, tuple[Array, ...]]]) -> None:
+        try:
+            start.wait()
+            until, count = time.monotonic() + seconds, 0
+            while not found and (count < REPEATS or time.monotonic() < until):
+                call, expected = turns[count % len(turns)]
+                _same(spec, title, call(title), expected)
+                count += 1
+        except BaseException as error:
+            found.append(error)
+
+    threads = [threading.Thread(target=repeat, args=(turns,), daemon=True) for turns in callers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if found:
+        raise found[0]
+
+
+def _size(dims: Mapping[str, Any]) -> int:
+    return int(np.prod([np.prod(n, dtype=np.int64) for n in dims.values()]))
+
+
+def _rows(
+    spec: Spec, values: Mapping[str, Any], outputs: Sequence[Array], block: int
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of a call with several, each as a call of its own: the ends, a middle one, and of every position in a block
+    one, spread over the call."""
     letters = shape_letters(spec)
     lead = "..." if "..." in letters else "T"
     own = [a.name for a in spec.inputs_args if a.shape.split()[0] == lead and values[a.name] is not None]
     if outputs[0].ndim == 0 or any(values[name].ndim < 2 and lead == "..." for name in own):
         return  # elementwise operators of one axis have no rows
     count = len(outputs[0])
-    for row in sorted({0, count // 2, count - 1}) if count > 1 and ROWS else ():
+    spread = (count * i // block - (count * i // block - i) % block for i in range(block))
+    rows = {0, count // 2, count - 1, *(row + block * (row < 0) for row in spread)}
+    for row in sorted(row for row in rows if row < count) if count > 1 else ():
         alone = {name: values[name][row : row + 1] for name in own}
         if "S" in letters:
             seen = len(values["k"]) - count + row + 1
@@ -267,11 +384,14 @@ def _rows(spec: Spec, values: Mapping[str, Any], outputs: Sequence[Array]) -> It
 # --------------------------------------------------------------- processes
 
 
-def _work(job: Work, skip: int, pipe: connection.Connection) -> None:
+def _work(job: Work, skip: int, pipe: connection.Connection, told: mmap.mmap) -> None:
     """In a process of its own: ("begin", number, tier, label) and ("end", result) for each case, and ("done",)."""
     unblock_interrupts()
+    tell_to(told)
     faulthandler.disable()  # what a crash is to be told, the parent tells
     _end_with_parent()
+    if isinstance(job, Job):
+        _one_blas_thread()
     try:
         for number, (isa, label, examine) in enumerate(job.cases()):
             if number >= skip:
@@ -282,6 +402,16 @@ def _work(job: Work, skip: int, pipe: connection.Connection) -> None:
         pipe.send(("unwritable", error))
     except Exception:  # not the library's fault, but ours
         pipe.send(("error", traceback.format_exc()))
+
+
+def _one_blas_thread() -> None:
+    """numpy's matrix products on one thread: there are as many processes as CPUs, and threads of OpenBLAS that wait for
+    one another held a product of 5 rows up for 0.1 s."""
+    module = sys.modules.get("numpy._core._multiarray_umath") or sys.modules["numpy.core._multiarray_umath"]
+    core = ctypes.CDLL(str(module.__file__))  # what it is linked with is looked through too
+    for name in ("scipy_openblas_set_num_threads64_", "scipy_openblas_set_num_threads", "openblas_set_num_threads"):
+        if hasattr(core, name):
+            getattr(core, name)(1)
 
 
 def _end_with_parent() -> None:
@@ -296,22 +426,24 @@ class _Worker:
     job: Work
     process: Any
     pipe: connection.Connection
+    told: mmap.mmap
     crashes: int = 0
     number: int = -1
     isa: str = ""
-    label: str = "loading the library"
+    label: str = LOADING
     since: float = 0.0
 
 
 def _start(job: Work, skip: int, crashes: int = 0) -> _Worker:
     context = get_context("fork")  # so that every case starts with what is loaded already
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(job, skip, there), daemon=True)
+    told = mmap.mmap(-1, TOLD)
+    process = context.Process(target=_work, args=(job, skip, there, told), daemon=True)
     with interrupts_blocked(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # that forking with threads is dangerous: it is made for it
         process.start()
     there.close()
-    return _Worker(job, process, here, crashes, skip - 1, since=time.monotonic())
+    return _Worker(job, process, here, told, crashes, skip - 1, since=time.monotonic())
 
 
 def conformance(jobs: Sequence[Job], workers: int = 2, timeout: float = TIMEOUT) -> Iterator[Result]:
@@ -319,9 +451,11 @@ def conformance(jobs: Sequence[Job], workers: int = 2, timeout: float = TIMEOUT)
     return in_processes(jobs, workers, timeout)
 
 
-def in_processes(jobs: Sequence[Work], workers: int = 2, timeout: float = TIMEOUT) -> Iterator[Any]:
+def in_processes(
+    jobs: Sequence[Work], workers: int = 2, timeout: float = TIMEOUT, crashes: int = CRASHES
+) -> Iterator[Any]:
     """What the cases of `jobs` give, as it comes, from `workers` processes at a time; for a case that kills its process
-    or does not end within `timeout` seconds a `Result` that says so."""
+    or does not end within `timeout` seconds a `Result` that says so. A job is given up after `crashes` of these."""
     waiting, active = deque[Work](jobs), list[_Worker]()
     try:
         while waiting or active:
@@ -330,23 +464,22 @@ def in_processes(jobs: Sequence[Work], workers: int = 2, timeout: float = TIMEOU
             ready = connection.wait([w.pipe for w in active], 1.0)
             for worker in list(active):
                 if worker.pipe in ready:
-                    yield from _receive(worker, active)
+                    yield from _receive(worker, active, crashes)
                 elif time.monotonic() - worker.since > timeout:
                     worker.process.kill()
-                    yield from _failed(worker, active, f"no end within {timeout:g} s")
+                    yield from _failed(worker, active, f"no end within {timeout:g} s", crashes)
     finally:
         for worker in active:
             worker.process.kill()
             worker.process.join()
 
 
-def _receive(worker: _Worker, active: list[_Worker]) -> Iterator[Any]:
+def _receive(worker: _Worker, active: list[_Worker], most: int) -> Iterator[Any]:
     try:
         message = worker.pipe.recv()
     except (EOFError, OSError):
         worker.process.join()
-        code = worker.process.exitcode
-        yield from _failed(worker, active, f"crashed with {signal_name(-code)}" if code < 0 else f"exit status {code}")
+        yield from _failed(worker, active, _ending(worker.process.exitcode), most)
         return
     worker.since = time.monotonic()
     if message[0] == "begin":
@@ -362,17 +495,23 @@ def _receive(worker: _Worker, active: list[_Worker]) -> Iterator[Any]:
         active.remove(worker)
 
 
-def _failed(worker: _Worker, active: list[_Worker], text: str) -> Iterator[Result]:
+def _failed(worker: _Worker, active: list[_Worker], text: str, most: int) -> Iterator[Result]:
     """The result of a case that killed its process; the cases behind it go on in another."""
     job = worker.job
     worker.process.join()
     active.remove(worker)
+    if where := worker.told[:].rstrip(b"\0").decode(errors="replace"):
+        text += f", during {where}"
     crashes = worker.crashes + 1
-    if crashes == CRASHES:
+    if crashes == most:
         text += f"; {job.op} in {job.dtype} is given up after {crashes} of these"
     else:
         active.append(_start(job, worker.number + 1, crashes))
     yield Result(job.op, job.dtype, worker.isa, worker.label, Local("fault", reason=text), text)
+
+
+def _ending(code: int) -> str:
+    return f"crashed with {signal_name(-code)}" if code < 0 else f"the kernel ended the process, exit status {code}"
 
 
 def signal_name(number: int) -> str:
@@ -406,7 +545,8 @@ def answer(library: str, what: str, ask: Callable[[], Any]) -> Any:
         found = here.recv()
     except EOFError:
         process.join()
-        how = signal_name(-process.exitcode) if process.exitcode else "nothing"
+        code = int(process.exitcode or 0)
+        how = signal_name(-code) if code < 0 else f"exit status {code}"
         raise LibraryError(f"{library} cannot be used: expected {what}, found {how}") from None
     finally:
         process.kill()

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _lib
+from ._fenv import FloatState
 from ._interop import address_of
 from ._lib import LlaisysTensor
 from .dtypes import DataType
@@ -34,7 +35,7 @@ PROT_NONE = 0
 
 
 class KernelFault(LlaisysError, AssertionError):
-    """A kernel refused a valid call, or wrote to what is not its own."""
+    """A kernel refused a valid call, or left what is not its own changed."""
 
 
 class Refusal(KernelFault):
@@ -45,6 +46,25 @@ class Refusal(KernelFault):
 _entries: dict[str, Any] = {}
 #: Statuses with which such an entry says that it does not take a call.
 REFUSALS = ("UNSUPPORTED", "DTYPE", "SHAPE", "STRIDE", "ALIAS")
+#: Bytes of the memory in which `tell_to` has `run` say what it does, and that memory.
+TOLD = 256
+_told: list[mmap.mmap] = []
+
+
+def tell_to(memory: mmap.mmap) -> None:
+    """Have `run` say in `memory`, shared with another process, which call it makes, for as long as that lasts."""
+    _told[:] = [memory]
+
+
+@contextmanager
+def _telling(text: str) -> Iterator[None]:
+    for memory in _told:
+        memory[:] = text.encode()[:TOLD].ljust(TOLD, b"\0")
+    try:
+        yield
+    finally:
+        for memory in _told:
+            memory[:] = bytes(TOLD)
 
 
 @contextmanager
@@ -89,6 +109,7 @@ class Guarded:
 
     def __init__(self, at_start: bool = False) -> None:
         self.at_start = at_start
+        self.doc = f"each tensor right {'behind' if at_start else 'before'} a page that must not be touched"
         self.mprotect = ctypes.CDLL(None, use_errno=True).mprotect
         self.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
@@ -184,6 +205,22 @@ def _demand(holds: bool, message: str) -> None:
         raise KernelFault(message)
 
 
+def _call(spec: Spec, given: Mapping[str, Any], where: str, memory: str = "") -> str:
+    """`invoke`: "OK", or the status with which an entry that is `replaced` does not take the call. KernelFault if it
+    fails in another way, or leaves the floating-point state of the thread changed; that is restored."""
+    state = FloatState()
+    threads = _lib.num_threads()
+    how = f"{threads} thread{'s' * (threads != 1)}" + (f"; {memory}" if memory else "")
+    with _telling(f"{where} ({how})"):
+        status, text = invoke(spec, given)
+    changed = state.restore()
+    _demand(not changed, f"{where}: the floating-point state of the thread was left changed: {changed}")
+    if spec.c_name in _entries and status in REFUSALS:
+        return status
+    _demand(status == "OK", f"{where}: {status}: {text}")
+    return "OK"
+
+
 def run(
     spec: Spec,
     values: Mapping[str, Any],
@@ -195,8 +232,8 @@ def run(
 ) -> tuple[Array, ...]:
     """The outputs of one call, contiguous. `in_place` maps outputs to the inputs whose memory they take.
 
-    KernelFault, whose text begins with `where`, if the call fails or writes to anything but the outputs; Refusal if the
-    operator is `replaced` and its entry does not take the call.
+    KernelFault, whose text begins with `where`, if the call fails or changes anything but the outputs; Refusal if the
+    operator is `replaced` and its entry does not take the call, and has left the outputs as they were.
     """
     in_place = in_place or {}
     arrays = {a.name: x for a in spec.inputs_args if (x := values[a.name]) is not None}
@@ -207,12 +244,17 @@ def run(
             placed[arg.name] = placed[in_place[arg.name]]
         else:
             placed[arg.name] = place(np.broadcast_to(np.zeros((), dtype), shape), arg, layout, allocate, poison)
-    status, text = invoke(spec, {**values, **{name: view for name, (view, _) in placed.items()}})
-    if spec.c_name in _entries and status in REFUSALS:
+    given = {**values, **{name: view for name, (view, _) in placed.items()}}
+    old = {name: placed[name][1].copy() for name in in_place.values()}
+    status = _call(spec, given, where, getattr(allocate, "doc", ""))
+    for name, buffer in before.items():
+        _demand(placed[name][1].tobytes() == buffer.tobytes(), f"{where}: the input {name} was written to")
+    if status != "OK":
+        for arg in spec.outputs:
+            buffer = placed[arg.name][1]
+            same = (buffer == (old[in_place[arg.name]] if arg.name in in_place else poison)).all()
+            _demand(bool(same), f"{where}: {status}, but the output {arg.name} was written to")
         raise Refusal(f"{where}: {status}")
-    _demand(status == "OK", f"{where}: {status}: {text}")
-    for name, old in before.items():
-        _demand(placed[name][1].tobytes() == old.tobytes(), f"{where}: the input {name} was written to")
     results = []
     for arg in spec.outputs:
         view, buffer = placed[arg.name]
@@ -224,6 +266,31 @@ def run(
         # An input that became the output had this poison around it too, the one of `place`.
         _demand((around == poison).all(), f"{where}: bytes around the output {arg.name} were written to")
     return tuple(results)
+
+
+class Standing:
+    """Calls on tensors that stay where they are in memory, whose contents may be replaced."""
+
+    def __init__(self, spec: Spec, values: Mapping[str, Any]) -> None:
+        self.spec, self.values = spec, dict(values)
+        arrays = {a.name: x for a in spec.inputs_args if (x := values[a.name]) is not None}
+        self.inputs = {name: np.array(x, order="C", copy=True) for name, x in arrays.items()}
+        self.outputs = {arg.name: np.empty(shape, dtype) for arg, shape, dtype in output_metas(spec, arrays)}
+
+    def fill(self, values: Mapping[str, Any]) -> None:
+        """Other contents, of the same shapes, and other scalars."""
+        self.values.update(values)
+        for name, x in self.inputs.items():
+            raw(x)[...] = raw(values[name])
+
+    def __call__(self, where: str) -> tuple[Array, ...]:
+        """The outputs of one call; see `run`."""
+        for output in self.outputs.values():
+            raw(output)[...] = np.void(bytes([POISONS[0]] * output.itemsize))
+        status = _call(self.spec, {**self.values, **self.inputs, **self.outputs}, where)
+        if status != "OK":
+            raise Refusal(f"{where}: {status}")
+        return tuple(x.copy() for x in self.outputs.values())
 
 
 def output_metas(spec: Spec, arrays: Mapping[str, Array]) -> Iterator[tuple[Arg, tuple[int, ...], np.dtype[Any]]]:

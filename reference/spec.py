@@ -160,8 +160,9 @@ class Spec:
     `twin(*inputs, *scalars)` takes the inputs in the order of `args` (without the outputs) and returns the output, or a
     named tuple of the outputs in the order of `args`. `oracle` takes the same and returns one `Oracle` per output,
     computed in f64 by another formulation than the twin's; `screen` spares it work. `inputs(spec, rng, dims, dtype)`
-    makes realistic inputs and scalars. `shared`: sizes of a call that several threads share. `bytes(dims, itemsize)`
-    replaces the default of `traffic`.
+    makes realistic inputs and scalars. `shared`: sizes of a call that several threads share. `large`: odd sizes beyond
+    any block of rows, columns or terms that a kernel may work on at a time. `bytes(dims, itemsize)` replaces the
+    default of `traffic`.
     """
 
     name: str
@@ -180,6 +181,7 @@ class Spec:
     cases: tuple[Dims, ...] = ()
     probes: tuple[Probe, ...] = ()
     shared: Dims = field(default_factory=dict)
+    large: tuple[Dims, ...] = ()
     errors: tuple[ErrorCase, ...] = ()
     bench: tuple[BenchCase, ...] = ()
     flops: Callable[[Dims], int] = field(default=lambda dims: 0)
@@ -263,6 +265,13 @@ def dims_label(dims: Dims) -> str:
     return "-".join(f"{k.replace('...', 'rows')}{v}" for k, v in values)
 
 
+def seeded_inputs(spec: Spec, dtype: str, label: str, dims: Dims) -> dict[str, Any]:
+    """Inputs and scalars of a call by name, that depend on nothing but operator, label and dtype."""
+    rng = np.random.default_rng(zlib.crc32(f"{spec.name}/{label}/{dtype}".encode()))
+    values = spec.inputs(spec, rng, dims, spec.dtypes[dtype])
+    return {name: np.asarray(x) if isinstance(x, np.generic) else x for name, x in values.items()}
+
+
 def calls(spec: Spec, dtype: str) -> Iterator[tuple[str, Dims, dict[str, Any]]]:
     """All valid calls that every implementation must pass, as (label, dims, inputs and scalars by name).
 
@@ -270,19 +279,14 @@ def calls(spec: Spec, dtype: str) -> Iterator[tuple[str, Dims, dict[str, Any]]]:
     but operator, case and dtype.
     """
 
-    def make(label: str, dims: Dims) -> dict[str, Any]:
-        rng = np.random.default_rng(zlib.crc32(f"{spec.name}/{label}/{dtype}".encode()))
-        values = spec.inputs(spec, rng, dims, spec.dtypes[dtype])
-        return {name: np.asarray(x) if isinstance(x, np.generic) else x for name, x in values.items()}
-
     optional = {a.name: None for a in spec.args if a.optional}
     for dims in spec.cases:
-        values = make(label := dims_label(dims), dims)
+        values = seeded_inputs(spec, dtype, label := dims_label(dims), dims)
         yield label, dims, values
         if optional:
             yield f"{label}-without-{'-'.join(optional)}", dims, {**values, **optional}
     for probe in spec.probes:
-        values = make(label := probe.label, probe.dims)
+        values = seeded_inputs(spec, dtype, label := probe.label, probe.dims)
         yield label, probe.dims, {**values, **probe.change(values)}
 
 

@@ -109,6 +109,15 @@ class OperatorTests:
                 judge(self.spec, case, results[0], where)
             assert all(map(same_bits, results[0], results[-1])), f"{where}: other bits than 1 thread"
 
+    def test_large(self, dtype: str, tier: str) -> None:
+        """Sizes beyond any block: as the oracle and the twin have them."""
+        need(tier)
+        for dims in self.spec.large:
+            case = case_of(self.name, dtype, tuple(dims.items()))
+            with using(tier):
+                where = self.where(dtype, tier, case.label)
+                judge(self.spec, case, run(self.spec, case.values, where), where)
+
     def test_repeated_rows(self, dtype: str, tier: str) -> None:
         """Inputs whose rows are all one row in memory (stride 0)."""
         need(tier)

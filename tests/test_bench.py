@@ -139,16 +139,22 @@ def test_samples_are_of_the_whole_output() -> None:
     case = Case(linear, BenchCase("", {"...": (40,), "N": 2100, "C": 520}, "prefill", ""), "f32")
     values = inputs_of(case)
     (whole,) = linear.call(linear.oracle, values)
-    ((index, part),) = samples(linear, values)
-    (some,) = linear.call(linear.oracle, part)
-    assert np.allclose(whole.y[index], some.y, rtol=1e-12, atol=1e-12) and some.y.size < whole.y.size
-    assert {0, 39} <= set(index[0].flat) and {0, 2099} <= set(index[1].flat)
+    seen = np.zeros(whole.y.shape, bool)
+    for index, part in samples(linear, values):
+        (some,) = linear.call(linear.oracle, part)
+        assert np.allclose(whole.y[index], some.y, rtol=1e-12, atol=1e-12) and some.y.size < whole.y.size
+        seen[index] = True
+    assert seen[np.ix_((0, 39), (0, 2099))].all() and seen.any(axis=0).all() and seen.any(axis=1).all()
+    assert any(column.all() for column in seen.T) and any(row.all() for row in seen)
     attention = SPECS["self_attention"]
     case = Case(attention, BenchCase("", {"T": 40, "S": 50, "H": 2, "K": 1, "D": 8}, "prefill", ""), "f32")
     values = inputs_of(case)
     output = attention.call(attention.twin, values)[0]
+    tokens: set[int] = set()
     for rows, part in samples(attention, values):
         assert check(output[rows], attention.call(attention.oracle, part)[0])
+        tokens.update(range(40)[rows])
+    assert {*range(16), *range(24, 40)} < tokens
 
 
 def small_case(name: str, dtype: str = "f32") -> Case:

@@ -251,23 +251,36 @@ def calls_of(
 def samples(spec: Spec, values: Mapping[str, Any]) -> Iterator[Sample]:
     """What of the outputs is checked: all, but of large cases, whose oracle takes half a minute, a part.
 
-    Of attention the first and the last tokens, of linear these and features from end to end, in a step that meets every
-    position in a block.
+    Of attention the first and the last tokens and some between; of linear these with features from end to end, in a
+    step that meets every position in a block, all tokens with a few adjacent features, and one token with all features.
+    What is chosen by chance is so by the values: the same in every run of the case.
     """
-    ends = ((0, 16), (-16, 0))
     if "q" in values and len(values["q"]) > 32:
         tokens, cached = len(values["q"]), len(values["k"]) - len(values["q"])
-        for begin, end in ends:
-            rows = slice(begin % tokens, end or tokens)
+        between = sorted(_random(values["q"]).integers(0, tokens - 1, 8))
+        for begin, end in ((0, 16), *((int(row), int(row) + 2) for row in between), (tokens - 16, tokens)):
             part = dict(values)
-            part.update({name: values[name][rows] for name in ("q", "pos_ids") if name in values})
-            part.update({name: values[name][: cached + (end or tokens)] for name in ("k", "v")})
-            yield rows, part
+            part.update({name: values[name][begin:end] for name in ("q", "pos_ids") if name in values})
+            part.update({name: values[name][: cached + end] for name in ("k", "v")})
+            yield slice(begin, end), part
     elif spec.name == "linear" and values["weight"].size > 1 << 20:
         tokens, features = len(values["x"]), len(values["weight"])
+        rng = _random(values["x"])
         kept = np.union1d(np.arange(0, features, features // 1024 | 1), np.arange(features - 32, features))
-        some = np.arange(tokens) if tokens <= 32 else np.r_[0:16, tokens - 16 : tokens]
-        bias = values["bias"] if values["bias"] is None else values["bias"][kept]
-        yield np.ix_(some, kept), {"x": values["x"][some], "weight": values["weight"][kept], "bias": bias}
+        some = np.arange(tokens)
+        if tokens > 32:
+            some = np.union1d(np.r_[0:16, tokens - 16 : tokens], rng.integers(0, tokens, 16))
+        first = int(rng.integers(0, max(features - 31, 1)))
+        parts = [(some, kept), (np.arange(tokens), np.arange(features)[first : first + 32])]
+        if values["weight"].size <= 1 << 24:
+            parts.append((rng.integers(0, tokens, 1), np.arange(features)))
+        for rows, columns in parts:
+            bias = values["bias"] if values["bias"] is None else values["bias"][columns]
+            part = {"x": values["x"][rows], "weight": values["weight"][columns], "bias": bias}
+            yield np.ix_(rows, columns), part
     else:
         yield None, dict(values)
+
+
+def _random(x: np.ndarray[Any, Any]) -> np.random.Generator:
+    return np.random.default_rng(zlib.crc32(x.tobytes()))

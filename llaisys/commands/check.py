@@ -13,6 +13,8 @@ from .common import EXIT_FAULT, EXIT_INCONCLUSIVE, Isa, Progress, StorageType, c
 if TYPE_CHECKING:
     from ..conformance import Result
 
+#: Seconds that a case may take, and what the option for them says.
+LIMIT, PATIENCE = 60.0, "A case that takes longer is a fault."
 #: Failures of one operator and dtype that are told in full.
 TOLD = 4
 #: Width of what is written to a file or a pipe.
@@ -38,6 +40,7 @@ def check(
         str | None,
         typer.Option(help="Where the weights of a trace are.", show_default="the folder that the trace names"),
     ] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help=PATIENCE)] = LIMIT,
     as_json: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the result of every case; - is stdout.")
     ] = None,
@@ -70,7 +73,7 @@ def check(
         jobs = plan(ops or [], [dtype.value] if dtype else [], chosen, threads, str(save) if save else None)
         results = []
         with Progress() as progress:
-            for result in conformance(jobs, usable_cpus()):
+            for result in conformance(jobs, usable_cpus(), timeout):
                 results.append(result)
                 progress.show(f"{result.op} {result.dtype} {result.isa}: {len(results)} cases")
     if str(as_json) != "-":

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .bench import Phase
-from .check import TOLD, render
+from .check import LIMIT, PATIENCE, TOLD, render
 from .common import EXIT_FAULT, EXIT_INCONCLUSIVE, Progress, StorageType, printable, verdict
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def trial(
     ] = None,
     flags: Annotated[str, typer.Option(help="More flags for the compiler.")] = "",
     bench: Annotated[bool, typer.Option(help="Time it.")] = True,
+    timeout: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help=PATIENCE)] = LIMIT,
 ) -> None:
     """Hold a kernel of your own to the SPEC of its operator, and time it beside the library's and torch.
 
@@ -48,7 +49,7 @@ def trial(
     from .._lib import usable_cpus
     from ..bench.roof import known_roofs
     from ..conformance import in_processes, spec_of
-    from ..trial import TIMEOUT, Timing, build, jobs_of
+    from ..trial import AS_LONG, Timing, build, jobs_of
 
     spec = spec_of(op)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # not without taking all away
@@ -59,7 +60,7 @@ def trial(
         progress.show(f"compiling {file.name}")
         kernel = build(file, Path(folder), flags)
         results: list[Result] = []
-        for result in in_processes(jobs_of(op, kernel, dtypes, threads, file), usable_cpus()):
+        for result in in_processes(jobs_of(op, kernel, dtypes, threads, file), usable_cpus(), timeout):
             results.append(result)
             progress.show(f"{op} {result.dtype}: {len(results)} cases")
         rows: list[dict[str, Any]] = []
@@ -68,7 +69,7 @@ def trial(
             progress.show("measuring the roofs of the machine")
             roofs = known_roofs(num_threads())
             timings = [Timing(op, name, str(kernel), phase.value if phase else None, roofs) for name in right]
-            for found in in_processes(timings, 1, TIMEOUT):
+            for found in in_processes(timings, 1, AS_LONG * timeout, crashes=1):
                 if isinstance(found, list):
                     rows += found
                     progress.show(f"timing {found[0]['dtype']} {found[0]['case']}")

@@ -77,6 +77,7 @@ SPEC = Spec(
         Probe("sums near the largest number", {"...": (2, 17)}, near_overflow),
     ),
     shared={"...": (7, 9001)},
+    large=({"...": (521, 523)},),
     errors=(
         ErrorCase("rows that would broadcast", "SHAPE", lambda v: {"b": v["b"][:1]}, ("add", "b")),
         ErrorCase("a scalar that would broadcast", "SHAPE", lambda v: {"b": v["b"].reshape(-1)[0, ...]}, ("add", "b")),

@@ -80,6 +80,7 @@ SPEC = Spec(
         Probe("mean square near eps", {"...": (3,), "E": 129}, near_eps),
     ),
     shared={"...": (67,), "E": 1030},
+    large=({"...": (521,), "E": 523}, {"...": (3,), "E": 18_973}),
     errors=norm.EPS_ERRORS,
     bench=norm.SPEC.bench,
     flops=lambda d: 5 * math.prod(d["..."]) * d["E"],

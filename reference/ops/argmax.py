@@ -100,6 +100,7 @@ SPEC = Spec(
         Probe("NaN first", {"...": (3,), "V": 65}, lambda v: with_values(v, (0, np.nan), (1, np.inf))),
     ),
     shared={"...": (5,), "V": 40001},
+    large=({"...": (521,), "V": 523}, {"...": (1,), "V": 151_939}),
     errors=(
         ErrorCase("empty last axis", "SHAPE", lambda v: {"x": v["x"][..., :0]}, ("argmax", "x")),
         ErrorCase("x without an axis", "SHAPE", lambda v: {"x": v["x"].reshape(-1)[0, ...]}, ("argmax", "x")),

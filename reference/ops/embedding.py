@@ -62,6 +62,7 @@ SPEC = Spec(
         ]
     ),
     shared={"T": 300, "V": 97, "E": 515},
+    large=({"T": 521, "V": 1009, "E": 523}, {"T": 33, "V": 151_939, "E": 5}),
     errors=(
         ErrorCase("index V", "INDEX", lambda v: with_index(v, len(v["weight"])), ("embedding", "index")),
         ErrorCase("index -1", "INDEX", lambda v: with_index(v, -1), ("embedding", "index")),

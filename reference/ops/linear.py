@@ -131,6 +131,13 @@ def cancelling(values: dict[str, Any]) -> dict[str, Any]:
     return {"x": x, "weight": weight}
 
 
+def noise(values: dict[str, Any]) -> dict[str, Any]:
+    """`cancelling` in an order that no kernel has, without a bias: the results are the rounding errors of the sums, and
+    each order of accumulation gives other ones, in 16 bits too."""
+    order = np.random.default_rng(8).permutation(values["x"].shape[-1])
+    return {**{name: x[..., order] for name, x in cancelling(values).items()}, "bias": None}
+
+
 def small_integers(values: dict[str, Any]) -> dict[str, Any]:
     """Products and partial sums are integers below 2^24: any order of the sum is exact. In 16 bits many results are
     half-way between two numbers. Each bias is another."""
@@ -161,9 +168,11 @@ def whole_range(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def not_finite(values: dict[str, Any]) -> dict[str, Any]:
-    """NaN and infinities in some rows of x and of the weight; all other outputs are ordinary."""
+    """NaN and infinities in some rows of x and of the weight, zeros opposite some of them; all other outputs are
+    ordinary."""
     x, weight = values["x"].copy(), values["weight"].copy()
     x[0, 1], x[1, 2], weight[2, 0], weight[3, 3] = np.nan, np.inf, -np.inf, np.nan
+    x[2, 0], x[2, 3], weight[4, 1], weight[5, 2] = 0, 0, 0, -0.0
     return {"x": x, "weight": weight}
 
 
@@ -196,6 +205,7 @@ SPEC = Spec(
         Probe("heavy tails", {"...": (5,), "N": 33, "C": 515}, heavy_tailed),
         Probe("all positive", {"...": (3,), "N": 17, "C": 700}, lambda v: {k: abs(x) for k, x in v.items()}),
         Probe("cancelling sums", {"...": (3,), "N": 17, "C": 300}, cancelling),
+        Probe("rounding errors only", {"...": (37,), "N": 19, "C": 602}, noise),
         Probe("constant", {"...": (3,), "N": 17, "C": 2049}, lambda v: {k: np.full_like(x, 0.7) for k, x in v.items()}),
         Probe("small integers", {"...": (5,), "N": 33, "C": 1029}, small_integers, exact=True),
         Probe("small integers in short sums", {"...": (66,), "N": 21, "C": 37}, small_integers, exact=True),
@@ -203,6 +213,10 @@ SPEC = Spec(
         Probe("NaN and infinities", {"...": (4,), "N": 19, "C": 50}, not_finite),
     ),
     shared={"...": (70,), "N": 200, "C": 1100},
+    large=tuple(
+        {"...": (rows,), "N": n, "C": c}
+        for rows, n, c in [(512, 211, 4999), (131, 1003, 217), (3, 203, 4999), (1, 611, 4999), (1, 151_939, 9)]
+    ),
     errors=(
         ErrorCase("x without an axis", "SHAPE", lambda v: {"x": v["x"].reshape(-1)[0, ...]}, ("linear", "x")),
         ErrorCase(

@@ -60,6 +60,7 @@ SPEC = Spec(
         Probe("one row repeated", {"...": (9, 17)}, lambda v: {"x": np.broadcast_to(v["x"][:1], (9, 17))}),
     ),
     shared={"...": (67, 3, 513)},
+    large=({"...": (521, 3, 131)},),
     bench=qwen2_bench(lambda m: {"heads": {"...": (m["T"], m["H"], m["D"])}}),
     raises=("ShapeError: the shapes differ", "DTypeError: the dtypes differ"),
 )

@@ -100,6 +100,7 @@ SPEC = Spec(
         Probe("zero eps", {"...": (3,), "E": 65}, lambda v: {"eps": 0.0}),
     ),
     shared={"...": (67,), "E": 1030},
+    large=({"...": (521,), "E": 523}, {"...": (3,), "E": 18_973}),
     errors=EPS_ERRORS,
     bench=qwen2_bench(lambda m: {"hidden": {"...": (m["T"],), "E": m["E"]}}),
     flops=lambda d: 4 * math.prod(d["..."]) * d["E"],

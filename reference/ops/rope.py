@@ -128,6 +128,7 @@ SPEC = Spec(
         Probe("NaN and infinities", {"T": 3, "H": 2, "D": 34}, with_specials),
     ),
     shared={"T": 150, "H": 7, "D": 80},
+    large=({"T": 521, "H": 3, "D": 74}, {"T": 1031, "H": 1, "D": 258}),
     errors=(
         ErrorCase(
             "odd head dim",

@@ -70,6 +70,7 @@ SPEC = Spec(
         Probe("theta 10000", attention.FUTURE, lambda v: {"theta": 1e4}),
     ),
     shared={"T": 140, "S": 270, "H": 6, "K": 2, "D": 48},
+    large=attention.LARGE,
     errors=(
         ErrorCase(
             "odd head dim",

@@ -149,6 +149,16 @@ def with_integers(values: dict[str, Any]) -> dict[str, Any]:
     return {"q": np.zeros_like(values["q"]), "v": v.astype(dtype)}
 
 
+def with_noise(values: dict[str, Any]) -> dict[str, Any]:
+    """Cached keys in pairs, in no order, whose values cancel, and nothing in the new ones: the results are the rounding
+    errors of the sums, and each order of accumulation gives other ones, in 16 bits too."""
+    k, v, cached = values["k"].copy(), values["v"].copy(), len(values["k"]) - len(values["q"])
+    first, second = np.random.default_rng(8).permutation(cached)[: cached // 2 * 2].reshape(2, -1)
+    k[second], v[second] = k[first], -v[first]
+    v[np.setdiff1d(np.arange(len(v)), [*first, *second])] = 0
+    return {"k": k, "v": v}
+
+
 def dims_of(*rows: tuple[int, int, int, int, int]) -> tuple[Dims, ...]:
     """Sizes given as (T, S, H, K, D)."""
     return tuple(dict(zip("TSHKD", row, strict=True)) for row in rows)
@@ -182,6 +192,9 @@ CASES = dims_of(
     *[(1, 127, 7, 1, 64), (1, 128, 6, 2, 32), (1, 129, 3, 1, 64), (17, 129, 2, 2, 16), (1, 255, 4, 1, 32)],
     *[(3, 257, 2, 1, 64), (33, 33, 2, 1, 34), (130, 131, 2, 1, 16), (1, 1000, 2, 2, 8)],
 )
+
+
+LARGE = dims_of((521, 523, 1, 1, 34), (1, 4099, 2, 2, 34), (3, 2053, 3, 1, 66))
 
 
 def visible_pairs(d: Dims) -> int:
@@ -232,9 +245,11 @@ SPEC = Spec(
         Probe("negative scale", FUTURE, lambda v: {"scale": -v["scale"]}),
         *SCORES,
         *AVERAGES,
+        Probe("rounding errors only", dims_of((20, 333, 4, 2, 32))[0], with_noise),
         Probe("values all positive", FUTURE, lambda v: {"v": abs(v["v"])}),
     ),
     shared={"T": 140, "S": 270, "H": 6, "K": 2, "D": 48},
+    large=LARGE,
     errors=(*SIZE_ERRORS, *SCALE_ERRORS),
     bench=qwen2_bench(
         lambda m: {"attn": {x: m[x] for x in "TSHKD"}}, more=(("decode", 1, 2048), ("prefill", 2048, 2048))

@@ -52,9 +52,13 @@ def with_range(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_specials(values: dict[str, Any]) -> dict[str, Any]:
-    """NaN and infinities in both; silu(-inf) is NaN as the formula has it, in torch too."""
+    """NaN and infinities in both, opposite each other, zeros and ordinary numbers; silu(-inf) is NaN as the formula
+    has it, in torch too. Never NaN opposite NaN: which of them comes out depends on the order of the factors."""
     gate, up = values["gate"].copy(), values["up"].copy()
-    gate.flat[:5], up.flat[5:10] = (np.nan, np.inf, -np.inf, 0.0, -0.0), (np.nan, np.inf, -np.inf, 0.0, -0.0)
+    special = np.array([0.0, -0.0, np.inf, -np.inf, np.nan], np.float32).astype(gate.dtype)
+    gate.flat[:15], up.flat[:15] = np.repeat(special[:3], 5), np.tile(special, 3)
+    gate.flat[15:23], up.flat[15:23] = np.repeat(special[3:], 4), np.tile(special[:4], 2)
+    gate.flat[23:28], up.flat[28:33] = special, special
     return {"gate": gate, "up": up}
 
 
@@ -84,10 +88,11 @@ SPEC = Spec(
     ),
     probes=(
         Probe("range of exp", {"...": (5, 521)}, with_range),
-        Probe("NaN and infinities", {"...": (2, 17)}, with_specials),
+        Probe("NaN and infinities", {"...": (3, 17)}, with_specials),
         Probe("small gates", {"...": (3, 65)}, lambda v: {"gate": (v["gate"] * 1e-3).astype(v["gate"].dtype)}),
     ),
     shared={"...": (7, 9001)},
+    large=({"...": (521, 523)},),
     bench=qwen2_bench(lambda m: {"act": {"...": (m["T"], m["F"])}}),
     flops=lambda d: 5 * math.prod(d["..."]),
     raises=("ShapeError: the shapes differ", "DTypeError: the dtypes differ or are not f32, f16 or bf16"),
