@@ -225,6 +225,8 @@ def _screened_bias(
         (oracle,) = spec.call(lambda *args: screen.oracle(np.unravel_index(some, estimate.shape), *args), values)
         step = 2 * half.reshape(-1)[some].astype(np.float64)
         share = np.minimum(np.where(step > 0, oracle.a / np.maximum(step, 1e-300), np.inf), 1.0)
+        if (share == 1).all():  # not known to an ulp before the final rounding, of which it says nothing
+            return float(mean[0]), float(mean[1]), math.inf
         # Result and estimate both have such errors.
         likely = STANDARD_ERRORS * math.sqrt(2 * scatter(share) / len(some)) if oracle.independent else math.inf
         common = 2 * float(share.mean())

@@ -147,14 +147,14 @@ def test_samples_are_of_the_whole_output() -> None:
     assert seen[np.ix_((0, 39), (0, 2099))].all() and seen.any(axis=0).all() and seen.any(axis=1).all()
     assert any(column.all() for column in seen.T) and any(row.all() for row in seen)
     attention = SPECS["self_attention"]
-    case = Case(attention, BenchCase("", {"T": 40, "S": 50, "H": 2, "K": 1, "D": 8}, "prefill", ""), "f32")
+    case = Case(attention, BenchCase("", {"T": 400, "S": 410, "H": 2, "K": 1, "D": 8}, "prefill", ""), "f32")
     values = inputs_of(case)
     output = attention.call(attention.twin, values)[0]
     tokens: set[int] = set()
     for rows, part in samples(attention, values):
         assert check(output[rows], attention.call(attention.oracle, part)[0])
-        tokens.update(range(40)[rows])
-    assert {*range(16), *range(24, 40)} < tokens
+        tokens.update(range(400)[rows])
+    assert {*range(16), *range(384, 400)} < tokens
 
 
 def small_case(name: str, dtype: str = "f32") -> Case:
