@@ -19,16 +19,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar
 
 from . import _lib
 from .bench.cases import Case, all_cases, run_case
 from .bench.measure import same_threads
 from .bench.roof import Roofs
 from .certify import Local
-from .conformance import Job, Result, answer, plan, spec_of
+from .conformance import Job, plan, spec_of
 from .errors import InvalidArgumentError, LibraryError, LlaisysError, status_error
 from .harness import REFUSALS
+from .isolation import Result, answer
 from .ops import operator_of
 
 __all__ = ["Timing", "build", "jobs_of", "operator"]
@@ -114,11 +115,13 @@ def jobs_of(
 
 @dataclass(frozen=True)
 class Timing:
-    """The benchmarks of an operator in one dtype, for `conformance.in_processes`.
+    """The benchmarks of an operator in one dtype, for `isolation.in_processes`.
 
     A case gives the rows of the kernel in `file`, of the library's and of torch, or a `Result` if the kernel is wrong
     or refuses it.
     """
+
+    one_blas_thread: ClassVar[bool] = False
 
     op: str
     dtype: str

@@ -16,10 +16,11 @@ import pytest
 import llaisys
 from kernel_harness import Array
 from llaisys import conformance as module
-from llaisys import harness
+from llaisys import harness, isolation
 from llaisys.case import load_case
-from llaisys.conformance import Job, Result, conformance, plan, tiers
+from llaisys.conformance import Job, conformance, plan, tiers
 from llaisys.errors import InternalError, InvalidArgumentError
+from llaisys.isolation import Result
 from llaisys.reference import SPECS, Spec
 from test_cli import at_terminal, run
 
@@ -167,7 +168,7 @@ def test_crash_and_hang(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_operator_that_always_crashes_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     broken(monkeypatch, lambda outputs, values, where: os.kill(os.getpid(), signal.SIGKILL))
     found = results("swiglu", "add")
-    assert [r.text.startswith("crashed with SIGKILL") for r in found] == [True] * 2 * module.CRASHES
+    assert [r.text.startswith("crashed with SIGKILL") for r in found] == [True] * 2 * isolation.CRASHES
     assert sum("is given up" in r.text for r in found) == 2
 
 

@@ -15,8 +15,8 @@ import pytest
 
 import llaisys
 from llaisys import trial
-from llaisys.conformance import Result, in_processes
 from llaisys.errors import InvalidArgumentError, LibraryError, UnsupportedError
+from llaisys.isolation import Result, in_processes
 from llaisys.reference import SPECS
 from test_cli import environment, run
 

@@ -12,9 +12,9 @@ import pytest
 
 from llaisys import trial
 from llaisys._fenv import FloatState
-from llaisys.conformance import Result, answer, in_processes
 from llaisys.errors import LibraryError
 from llaisys.harness import Standing
+from llaisys.isolation import Result, answer, in_processes
 from llaisys.reference import SPECS
 from llaisys.reference.spec import dims_label
 from test_cli import run

@@ -11,7 +11,7 @@ import typer
 from .common import EXIT_FAULT, EXIT_INCONCLUSIVE, Isa, Progress, StorageType, check_reports, finish, printable, verdict
 
 if TYPE_CHECKING:
-    from ..conformance import Result
+    from ..isolation import Result
 
 #: Seconds that a case may take, and what the option for them says.
 LIMIT, PATIENCE = 60.0, "A case that takes longer is a fault."
@@ -89,8 +89,8 @@ def check(
 def _captured(path: Path, model: str | None, ops: Sequence[str], dtype: str | None) -> Iterable[Result]:
     """Certificates of the captured outputs of a case or trace. What was captured is not run again."""
     from ..certify import certify
-    from ..conformance import Result
     from ..errors import CaseError
+    from ..isolation import Result
     from ..replay import captured
 
     try:

@@ -14,7 +14,7 @@ from .common import EXIT_FAULT, EXIT_INCONCLUSIVE, Progress, StorageType, printa
 
 if TYPE_CHECKING:
     from ..bench.report import Figures
-    from ..conformance import Result
+    from ..isolation import Result
 
 
 @verdict
@@ -48,7 +48,8 @@ def trial(
     from .. import num_threads, set_num_threads
     from .._lib import usable_cpus
     from ..bench.roof import known_roofs
-    from ..conformance import in_processes, spec_of
+    from ..conformance import spec_of
+    from ..isolation import in_processes
     from ..trial import AS_LONG, Timing, build, jobs_of
 
     spec = spec_of(op)

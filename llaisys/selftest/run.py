@@ -17,9 +17,9 @@ from typing import Any
 
 from .._lib import OVERRIDE, isas
 from .._processes import start_worker, worker_command, worker_environment
-from ..conformance import signal_name
 from ..diff.ledger import UNTAPPED
 from ..errors import InternalError
+from ..isolation import signal_name
 from ..models import Qwen2
 from .build import Builder
 from .mutant import Mutant
