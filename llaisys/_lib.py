@@ -20,6 +20,7 @@ from pathlib import Path
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
+from . import _build
 from .errors import InternalError, InvalidArgumentError, LibraryError, status_error
 
 if TYPE_CHECKING:
@@ -180,10 +181,6 @@ def header_folder() -> Path:
 def _load() -> tuple[ctypes.CDLL, LibraryInfo]:
     path, overridden = library_path()
     whose = f"the library that {OVERRIDE} names" if overridden else "the library of this package"
-    try:
-        from . import _build
-    except ImportError:
-        raise LibraryError("llaisys is not built: expected llaisys/_build.py, found none; run pip install") from None
     if not path.is_file():
         found = "a folder" if path.is_dir() else "none"
         raise LibraryError(f"{whose} is missing: expected a file at {path}, found {found}")

@@ -35,10 +35,8 @@ def main() -> None:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        try:
-            from ._build import VERSION
-        except ImportError:
-            VERSION = "(not built)"
+        from ._build import VERSION
+
         print(f"llaisys {VERSION}")
         raise typer.Exit
 

@@ -112,7 +112,8 @@ def test_an_empty_override_is_none() -> None:
 
 
 def test_a_package_that_is_not_built_says_so() -> None:
-    assert "not built" in run("import sys; sys.modules['llaisys._build'] = None\n" + LOAD).stdout
+    stderr = run("import sys; sys.modules['llaisys._build'] = None\n" + LOAD).stderr
+    assert "ImportError: llaisys: expected an installed package, found only its sources in" in stderr
 
 
 def test_a_failed_load_can_be_repeated() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -154,7 +155,10 @@ def test_scratch_that_threads_share(held: Callable[..., list[Result]]) -> None:
 
 def test_weights_kept_by_address(held: Callable[..., list[Result]]) -> None:
     found = {result.case.split(", ")[-1]: result.text for result in faults(held(FROM=PACKED))}
-    assert found["on other contents"].startswith("depends on an earlier call on the same addresses: out: ")
+    # Memory of an earlier case may be used again for this one, whose first call is wrong then.
+    assert re.match(
+        "depends on an earlier call on the same addresses: out: |out: .* out of bound", found["on other contents"]
+    )
 
 
 def test_zeros_that_are_skipped(held: Callable[..., list[Result]]) -> None:
