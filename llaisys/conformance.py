@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -50,6 +50,15 @@ __all__ = ["Job", "conformance", "plan", "spec_of", "tiers"]
 ROWS, REPEATS = 16, 3
 #: Seconds for which calls come from two threads at once: of the library, and of a kernel of somebody's own.
 SECONDS, SECONDS_OWN = 0.03, 0.15
+
+
+@dataclass
+class _Found:
+    """What is known of a case so far."""
+
+    outputs: Sequence[Array] | None = None
+    local: Local = field(default_factory=lambda: Local("pass"))
+    refused: list[str] = field(default_factory=list)  # other ways to make the call
 
 
 @dataclass(frozen=True)
@@ -107,19 +116,16 @@ class Job:
         self, isa: str, label: str, values: Mapping[str, Any], exact: bool, number: int, large: bool = False
     ) -> Result:
         """One case of the SPEC; of a `large` one fewer of the other ways to make the call."""
-        spec, outputs = SPECS[self.op], None
-        local, refused = Local("pass"), list[str]()
-        try:
+        spec = SPECS[self.op]
+
+        def steps(found: _Found) -> None:
             with using(isa, self.threads[0]):
-                outputs = run(spec, values, "the call", allocate=Guarded())
-                local = self.certify(values, outputs, exact)
-                if local.outcome == "pass":
-                    refused = self.variants(spec, values, outputs, number, large)
-        except Refusal as refusal:
-            return Result(self.op, self.dtype, isa, label, local, refused=str(refusal))
-        except KernelFault as fault:
-            return self.result(isa, label, values, outputs, local, str(fault))
-        return replace(self.result(isa, label, values, outputs, local), variants_refused=tuple(refused))
+                found.outputs = run(spec, values, "the call", allocate=Guarded())
+                found.local = self.certify(values, found.outputs, exact)
+                if found.local.outcome == "pass":
+                    found.refused = self.variants(spec, values, found.outputs, number, large)
+
+        return self.settle(isa, label, values, steps)
 
     def certify(self, values: Mapping[str, Any], outputs: Sequence[Array], exact: bool = False) -> Local:
         """`certify` of named values; of an `exact` probe the oracle is right to the last bit."""
@@ -165,58 +171,62 @@ class Job:
 
     def share(self, isa: str, label: str, values: Mapping[str, Any]) -> Result:
         """A call that is large enough for several threads: certified, and the same bits for any number of them."""
-        spec, first = SPECS[self.op], None
-        local = Local("pass")
-        try:
+        spec = SPECS[self.op]
+
+        def steps(found: _Found) -> None:
             with using(isa):
                 for threads in self.threads:
                     for _ in range(REPEATS if threads > 1 else 1):
                         title = f"{threads} threads"
                         with using(threads=threads):
                             outputs = run(spec, values, title, poison=POISONS[threads % 2])
-                        if first is None:
-                            first, local = outputs, self.certify(values, outputs)
-                        _same(spec, title, outputs, first)
-        except Refusal as refusal:
-            return Result(self.op, self.dtype, isa, label, local, refused=str(refusal))
-        except KernelFault as fault:
-            return self.result(isa, label, values, first, local, str(fault))
-        return self.result(isa, label, values, first, local)
+                        if found.outputs is None:
+                            found.outputs, found.local = outputs, self.certify(values, outputs)
+                        _same(spec, title, outputs, found.outputs)
+
+        return self.settle(isa, label, values, steps)
 
     def refill(self, isa: str, label: str, values: Mapping[str, Any], others: Mapping[str, Any]) -> Result:
         """A call repeated after the contents of its tensors were replaced where they are: the bits of a fresh call."""
-        spec, outputs, local = SPECS[self.op], None, Local("pass")
-        try:
+        spec = SPECS[self.op]
+
+        def steps(found: _Found) -> None:
             with using(isa, self.threads[0]):
                 call = Standing(spec, values)
                 before = call("the call")
-                outputs = run(spec, others, "a call on other contents")
-                local = self.certify(others, outputs)
-                turns = ((others, outputs), (values, before)) if local.outcome == "pass" else ()
+                found.outputs = run(spec, others, "a call on other contents")
+                found.local = self.certify(others, found.outputs)
+                turns = ((others, found.outputs), (values, before)) if found.local.outcome == "pass" else ()
                 for contents, expected in turns:
                     call.fill(contents)
                     _same(spec, "depends on an earlier call on the same addresses", call("the call again"), expected)
-        except Refusal as refusal:
-            return Result(self.op, self.dtype, isa, label, local, refused=str(refusal))
-        except KernelFault as fault:
-            return self.result(isa, label, others, outputs, local, str(fault))
-        return self.result(isa, label, others, outputs, local)
+
+        return self.settle(isa, label, others, steps)
 
     def at_once(self, isa: str, label: str, values: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> Result:
         """A call by one thread while another makes other calls: the bits of each by itself."""
-        spec, local = SPECS[self.op], Local("pass")
-        counts = self.threads[:2]
+        spec, counts = SPECS[self.op], self.threads[:2]
         seconds = (SECONDS if self.kernel is None else SECONDS_OWN) / len(counts)
-        try:
+
+        def steps(found: _Found) -> None:
             for threads in counts:
                 with using(isa, threads):
                     calls = [[Standing(spec, x) for x in turns] for turns in ([values], others)]
                     _at_once(spec, [[(call, call("the call")) for call in turns] for turns in calls], seconds)
+
+        return self.settle(isa, label, values, steps)
+
+    def settle(self, isa: str, label: str, values: Mapping[str, Any], steps: Callable[[_Found], None]) -> Result:
+        """The result of a case that `steps` goes through, whatever ends it."""
+        found = _Found()
+        try:
+            steps(found)
         except Refusal as refusal:
-            return Result(self.op, self.dtype, isa, label, local, refused=str(refusal))
+            return Result(self.op, self.dtype, isa, label, found.local, refused=str(refusal))
         except KernelFault as fault:
-            return self.result(isa, label, values, None, local, str(fault))
-        return self.result(isa, label, values, None, local)
+            return self.result(isa, label, values, found.outputs, found.local, str(fault))
+        result = self.result(isa, label, values, found.outputs, found.local)
+        return replace(result, variants_refused=tuple(found.refused))
 
     def result(
         self, isa: str, label: str, values: Mapping[str, Any], outputs: Any, local: Local, message: str = ""

@@ -85,7 +85,7 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, complex) or (isinstance(value, float) and not np.isfinite(value)) else value
 
 
-def _work(job: Work, skip: int, pipe: connection.Connection, told: mmap.mmap) -> None:
+def _work(pipe: connection.Connection, job: Work, skip: int, told: mmap.mmap) -> None:
     """In a process of its own: ("begin", number, tier, label) and ("end", result) for each case, and ("done",)."""
     unblock_interrupts()
     tell_to(told)
@@ -136,15 +136,21 @@ class _Worker:
 
 
 def _start(job: Work, skip: int, crashes: int = 0) -> _Worker:
+    told = mmap.mmap(-1, TOLD)
+    process, pipe = _fork(_work, job, skip, told)
+    return _Worker(job, process, pipe, told, crashes, skip - 1, since=time.monotonic())
+
+
+def _fork(target: Callable[..., None], *args: Any) -> tuple[Any, connection.Connection]:
+    """A process that does `target(pipe, *args)`, and the end of the pipe at which what it sends arrives."""
     context = get_context("fork")  # so that every case starts with what is loaded already
     here, there = context.Pipe(duplex=False)
-    told = mmap.mmap(-1, TOLD)
-    process = context.Process(target=_work, args=(job, skip, there, told), daemon=True)
+    process = context.Process(target=target, args=(there, *args), daemon=True)
     with interrupts_blocked(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # that forking with threads is dangerous: it is made for it
         process.start()
     there.close()
-    return _Worker(job, process, here, told, crashes, skip - 1, since=time.monotonic())
+    return process, here
 
 
 def in_processes(
@@ -221,13 +227,7 @@ def signal_name(number: int) -> str:
 def answer(library: str, what: str, ask: Callable[[], Any]) -> Any:
     """What `ask` returns, in a process of its own, as a library may end that, or hang. The LlaisysError that it raises;
     LibraryError if there is no answer."""
-    context = get_context("fork")
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(there, ask), daemon=True)
-    with interrupts_blocked(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        process.start()
-    there.close()
+    process, here = _fork(_answer, ask)
     try:
         if not here.poll(TIMEOUT):
             raise LibraryError(f"{library} does not answer: expected {what} within {TIMEOUT:g} s, found nothing")

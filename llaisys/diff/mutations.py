@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from ..reference import SPECS
+from ..reference import FLOATS, SPECS
 from ..reference.bounds import U32, Oracle, finfo, half_ulp, rounding_point, walk
 from ..reference.compare import ratios
 from ..reference.numerics import cast, f32, f64, r
@@ -316,9 +316,9 @@ def _narrowed(names: tuple[str, ...], dtype: str) -> Callable[[Call], Results | 
     """Inputs rounded to a type that holds less of each number than that of the call."""
 
     def make(call: Call) -> Results | None:
-        rounded = {x: r(f32(call[x]), SPECS["linear"].dtypes[dtype]) for x in names}
+        rounded = {x: r(f32(call[x]), FLOATS[dtype]) for x in names}
         same = all(np.array_equal(f32(call[x]), value) for x, value in rounded.items())
-        return None if same or SPECS["linear"].dtypes[dtype] == call.dtype else call.oracle(**rounded)
+        return None if same or FLOATS[dtype] == call.dtype else call.oracle(**rounded)
 
     return make
 
